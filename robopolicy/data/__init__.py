@@ -1,0 +1,1 @@
+"""Demonstrations: zarr episodes, windows, normalisers, rotations."""

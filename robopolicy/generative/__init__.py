@@ -1,0 +1,1 @@
+"""Gaussian paths, the one update rule, samplers and losses."""

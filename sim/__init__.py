@@ -1,0 +1,1 @@
+"""Simulated tasks; imports robopolicy, never the other way round."""
