@@ -28,6 +28,10 @@ class TaskError(RobopolicyError):
     """A task (environment) is unknown, cannot be built, or was used against its declaration."""
 
 
+class EvaluationError(RobopolicyError):
+    """An evaluation cannot be run, read, or compared with another."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the valid entry closest to ``name``, or all of them when none is close."""
     options = sorted(valid)

@@ -1,0 +1,84 @@
+"""The ``robopolicy`` command: ``robopolicy VERB ...``.
+
+This file only dispatches. Each verb lives in a module with ``configure(parser)`` and ``run(args) -> exit code`` whose top level
+imports nothing heavy, so that help appears at once. Exit codes: 0 done, 1 the thing checked was found wanting, 2 an error that
+the user can mend, 130 interrupted, 143 terminated (both after saving).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from robopolicy.errors import RobopolicyError, nearest
+
+# verb -> (module, one line of help)
+VERBS: dict[str, tuple[str, str]] = {
+    "quickstart": ("robopolicy.quickstart", "demonstrate, train, evaluate and film a policy in minutes"),
+    "data": ("robopolicy.data.commands", "make, check, repair, inspect, merge and split demonstrations in zarr"),
+    "train": ("robopolicy.train.commands", "train a diffusion or flow policy on demonstrations; resume a run"),
+    "eval": ("robopolicy.evaluate.commands", "measure a policy in simulation: success and score with intervals, films"),
+    "compare": ("robopolicy.evaluate.compare", "compare policies on the same seeds, with tests that may be looked at any time"),
+    "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),
+}
+
+EPILOG = """\
+a first policy, start to end:
+  robopolicy quickstart
+
+your own:
+  robopolicy data demos lift --episodes 100 --out data/lift.zarr
+  robopolicy data check data/lift.zarr
+  robopolicy train configs/lift_flow.yaml data.path=data/lift.zarr
+  robopolicy eval outputs/lift_flow --episodes 200
+  robopolicy compare outputs/lift_flow outputs/other_run
+
+'robopolicy VERB --help' teaches each verb with examples; docs/ has a page for each."""
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser. Only the named verb's module is imported and its arguments added; the others show their help line."""
+    parser = argparse.ArgumentParser(
+        prog="robopolicy",
+        description="From demonstrations to a working arm: train, evaluate and compare diffusion and flow policies.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, help_line) in VERBS.items():
+        sub = verbs.add_parser(name, help=help_line, description=help_line, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == verb:
+            importlib.import_module(module).configure(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]  # accepted before and after the verb
+    verb = next((a for a in argv if not a.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        print(f"robopolicy: unknown verb '{verb}': {nearest(verb, VERBS)}", file=sys.stderr)
+        return 2
+    args = build_parser(verb).parse_args(argv)
+    try:
+        return int(importlib.import_module(VERBS[args.verb][0]).run(args))
+    except RobopolicyError as error:
+        if debug:
+            raise
+        print(f"robopolicy {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"robopolicy {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, for example `head`, has gone
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""``Policy``: observations in, a chunk of actions out; and how it is saved and loaded.
+
+A policy is an encoder, a denoising network on a Gaussian path, a sampler, and the normalisers and action representation that
+tie them to the units of the robot. It is saved as safetensors and JSON; loading executes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from robopolicy.config import Config, component, full, parse
+from robopolicy.data.actions import ActionConfig, ActionTransform
+from robopolicy.data.normalize import Mode, Normalizer
+from robopolicy.errors import CheckpointError, ConfigError, DataError
+from robopolicy.features import Feature
+from robopolicy.generative.fields import Leaf
+from robopolicy.generative.losses import LossConfig, denoising_loss
+from robopolicy.generative.path import PATHS, Kind, Path as GaussianPath, Pred
+from robopolicy.generative.sampler import SAMPLERS, Sampler, randn
+from robopolicy.nets.registry import ENCODERS, NETS
+from robopolicy.train.checkpoint import find_policy, read_tensors, write_tensors
+
+FORMAT = 1
+
+Observations = Mapping[str, np.ndarray | Tensor]
+
+
+class PolicyConfig(Config):
+    """Everything that shapes a policy. ``path``, ``sampler``, ``net`` and ``encoder`` are components chosen by ``type``."""
+
+    n_obs_steps: int = pydantic.Field(default=2, ge=1)
+    horizon: int = pydantic.Field(default=16, ge=1)
+    n_action_steps: int = pydantic.Field(default=8, ge=1)
+    path: dict[str, Any] = {"type": "flow"}
+    prediction: Kind = "flow"
+    sampler: dict[str, Any] = {"type": "euler"}
+    net: dict[str, Any] = {"type": "mlp"}
+    encoder: dict[str, Any] = {"type": "multimodal"}
+    loss: LossConfig = LossConfig()
+    action: ActionConfig = ActionConfig()
+    normalize: dict[str, Mode] = {}  # per feature; those not named use `default_normalize`
+    default_normalize: Mode = "minmax"
+    obs_noise: float = pydantic.Field(default=0.0, ge=0.0)  # std of noise on normalised state features in training
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.n_obs_steps - 1 + self.n_action_steps > self.horizon:
+            raise ValueError(
+                f"n_obs_steps - 1 + n_action_steps = {self.n_obs_steps - 1 + self.n_action_steps} exceeds horizon {self.horizon}; "
+                "raise the horizon or execute fewer actions"
+            )
+        return self
+
+    @pydantic.field_validator("path", "sampler", "net", "encoder", mode="after")
+    @classmethod
+    def _write_defaults(cls, value: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        kind = str(info.field_name)
+        try:
+            _, config = component(kind, value, REGISTRIES[kind])
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return full(value, config)
+
+
+REGISTRIES: dict[str, Mapping[str, str]] = {"path": PATHS, "sampler": SAMPLERS, "net": NETS, "encoder": ENCODERS}
+
+
+def _build(kind: str, value: Mapping[str, Any], **arguments: Any) -> Any:
+    cls, config = component(kind, value, REGISTRIES[kind])
+    return cls(config, **arguments)
+
+
+class Policy(nn.Module):
+    """A visuomotor policy.
+
+    Args:
+        config: Shape of the policy.
+        observation_features: What it observes, at one time step.
+        action_feature: What it commands, at one time step; a vector.
+        normalizers: Fitted normalisers for every non-image observation and, under ``"action"``, for the transformed action.
+
+    Raises:
+        DataError: A normaliser is missing or of the wrong size, or the action is not a vector.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        observation_features: Mapping[str, Feature],
+        action_feature: Feature,
+        normalizers: Mapping[str, Normalizer],
+    ) -> None:
+        super().__init__()
+        if len(action_feature.shape) != 1:
+            raise DataError(f"action '{action_feature.name}' has shape {action_feature.shape}; a policy commands a vector")
+        self.config = config
+        self.observation_features = dict(observation_features)
+        self.action_feature = action_feature
+        self.path: GaussianPath = _build("path", config.path)
+        self.sampler: Sampler = _build("sampler", config.sampler)
+        self.action_transform = ActionTransform(config.action, action_feature, self.observation_features)
+        vectors = [name for name, feature in self.observation_features.items() if not feature.is_image]
+        if missing := {*vectors, "action"} - set(normalizers):
+            raise DataError(f"no normaliser for {', '.join(sorted(missing))}; fit one for every vector feature and for 'action'")
+        self.normalizers = nn.ModuleDict({name: normalizers[name] for name in [*vectors, "action"]})
+        self.encoder = _build("encoder", config.encoder, features=self.observation_features, n_obs_steps=config.n_obs_steps)
+        self.net = _build(
+            "net", config.net, action_dim=self.action_transform.dim, horizon=config.horizon, ctx_dim=self.encoder.ctx_dim
+        )
+        self.leaf = Leaf(self.net, self.path, config.prediction)
+
+    n_obs_steps = property(lambda self: self.config.n_obs_steps)
+    horizon = property(lambda self: self.config.horizon)
+    n_action_steps = property(lambda self: self.config.n_action_steps)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Context ``[B, C]`` of observations ``name -> [B, n_obs_steps, *shape]`` in the units of their features."""
+        inputs: dict[str, Tensor] = {}
+        for name, feature in self.observation_features.items():
+            value = obs[name]
+            if not feature.is_image:
+                value = self.normalizers[name].normalize(value.float())
+                if self.training and self.config.obs_noise > 0:
+                    value = value + self.config.obs_noise * torch.randn_like(value)
+            inputs[name] = value
+        ctx: Tensor = self.encoder(inputs)
+        return ctx
+
+    def field(self, x: Tensor, t: Tensor, ctx: Tensor) -> Pred:
+        """Clean chunk and noise that the network sees in ``x [B, H, A]`` at times ``t`` (``[B]`` or ``[B, H]``)."""
+        return self.leaf(x, t, ctx)
+
+    def sample(self, ctx: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+        """A normalised chunk ``[B, H, A]`` for each context; ``generator`` may be one per row."""
+        shape = (ctx.shape[0], self.config.horizon, self.action_transform.dim)
+        noise = randn(shape, generator, device=ctx.device)
+        return self.sampler.sample(self.field, ctx, noise, path=self.path, generator=generator).x0
+
+    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""
+        obs: Mapping[str, Tensor] = batch["obs"]
+        action = self.action_transform.encode(batch["action"].float(), self._reference(obs))
+        x0 = self.normalizers["action"].normalize(action)
+        return denoising_loss(
+            self.net, self.path, self.config.prediction, x0, self.encode(obs), batch["action_is_pad"], generator, self.config.loss
+        )
+
+    @torch.no_grad()
+    def act(self, obs: Observations, generator: torch.Generator | Sequence[torch.Generator]) -> np.ndarray:
+        """The actions to execute next.
+
+        Args:
+            obs: Every observation feature as ``[B, n_obs_steps, *shape]``, oldest first, in its feature's units.
+            generator: Source of the noise; one per row makes a row independent of the batch around it.
+
+        Returns:
+            ``[B, n_action_steps, A]`` float32 in the action feature's units.
+
+        Raises:
+            DataError: A feature is missing or has the wrong shape.
+        """
+        tensors = {name: self._observed(obs, name) for name in self.observation_features}
+        chunk = self.normalizers["action"].unnormalize(self.sample(self.encode(tensors), generator).float())
+        actions = self.action_transform.decode(chunk, self._reference(tensors))
+        first = self.config.n_obs_steps - 1
+        return actions[:, first : first + self.config.n_action_steps].cpu().numpy().astype(np.float32)
+
+    def _reference(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The newest observation of each vector feature ``[B, *shape]``: what relative actions are relative to."""
+        return {n: obs[n][:, -1].float() for n, f in self.observation_features.items() if not f.is_image}
+
+    def _observed(self, obs: Observations, name: str) -> Tensor:
+        if name not in obs:
+            raise DataError(f"observation '{name}' is missing; the policy needs {', '.join(self.observation_features)}")
+        value = torch.as_tensor(obs[name])
+        expected = (self.config.n_obs_steps, *self.observation_features[name].shape)
+        if tuple(value.shape[1:]) != expected:
+            raise DataError(f"observation '{name}' has shape {tuple(value.shape)}; expected (batch, {', '.join(map(str, expected))})")
+        return value.to(self.device)
+
+    def document(self) -> dict[str, Any]:
+        """What ``policy.json`` holds besides provenance: enough to rebuild the policy without its weights."""
+        return {
+            "format": FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "observations": {name: feature.to_json() for name, feature in self.observation_features.items()},
+            "action": {"name": self.action_feature.name, **self.action_feature.to_json()},
+        }
+
+    def save(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> Path:
+        """Write ``policy.safetensors`` and ``policy.json`` into ``folder``; training writes whole checkpoints atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "policy", self.state_dict(), {**self.document(), "provenance": dict(provenance or {})})
+        return folder
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Policy:
+    """Load a policy from a run folder (its last checkpoint), a checkpoint folder or a folder written by :meth:`Policy.save`.
+
+    Raises:
+        CheckpointError: Files are absent, damaged, of a newer format, or do not fit together.
+    """
+    folder = find_policy(path)
+    tensors, document = read_tensors(folder / "policy")
+    policy = build_policy(document, where=str(folder))
+    try:
+        policy.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint '{folder}': the weights do not fit policy.json ({reason[:300]})") from error
+    return policy.to(device).eval()
+
+
+def build_policy(document: Mapping[str, Any], where: str) -> Policy:
+    """A policy with untrained weights from the contents of ``policy.json``. Raises CheckpointError."""
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint '{where}' has format {document.get('format')!r}; this version reads {FORMAT}. Update robopolicy")
+    try:
+        config = parse(PolicyConfig, document["config"], where=f"checkpoint '{where}'")
+        observations = {name: Feature.from_json(name, value) for name, value in document["observations"].items()}
+        action = {key: value for key, value in document["action"].items() if key != "name"}
+        action_feature = Feature.from_json(document["action"]["name"], action)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint '{where}': policy.json lacks or garbles {error}; use another checkpoint") from error
+    except (ConfigError, DataError) as error:
+        raise CheckpointError(f"checkpoint '{where}': {error}") from error
+    transform = ActionTransform(config.action, action_feature, observations)
+    mode = {**dict.fromkeys([*observations, "action"], config.default_normalize), **config.normalize}
+    normalizers = {name: Normalizer(feature.size, mode[name]) for name, feature in observations.items() if not feature.is_image}
+    normalizers["action"] = Normalizer(transform.dim, mode["action"])
+    return Policy(config, observations, action_feature, normalizers)
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """Where a policy comes from: task, data, step, versions; empty for one saved without."""
+    from robopolicy.train.checkpoint import read_document
+
+    provenance = read_document(find_policy(path) / "policy").get("provenance", {})
+    return provenance if isinstance(provenance, dict) else {}

@@ -1,0 +1,361 @@
+"""Behaviour cloning: the training loop, resumable to the bit.
+
+Nothing in the loop has a hidden random state: the batch of step k, its noise and its dropout are functions of (seed, k). A
+resumed run therefore needs only weights, their average, the optimiser's moments, the step and the table of best checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from robopolicy.data.windows import Windows
+from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
+from robopolicy.evaluate.run import SEEDS, Evaluation, evaluate
+from robopolicy.provenance import provenance
+from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
+from robopolicy.train.ema import averaged
+from robopolicy.train.experiment import Experiment, TrainConfig, build_untrained, open_data
+
+TRAIN_FORMAT = 1
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a half cosine to zero at ``config.steps``."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def batch_indices(step: int, num_windows: int, batch_size: int, seed: int, cache: dict[int, np.ndarray]) -> np.ndarray:
+    """Window indices of the batch at ``step``: epochs are seeded permutations, a last partial batch is dropped."""
+    per_epoch = max(1, num_windows // batch_size)
+    epoch, position = divmod(step, per_epoch)
+    if epoch not in cache:
+        cache.clear()
+        cache[epoch] = np.random.default_rng([seed, epoch]).permutation(num_windows)
+    return cache[epoch][position * batch_size : (position + 1) * batch_size]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A well-mixed 63-bit seed for the noise of one step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes CUDA when there is one. Raises ConfigError for a device that torch does not see."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device '{name}' is no torch device; use auto, cpu or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"train.device '{name}': torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return device
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """``auto``: bf16 autocast on GPUs that have it and on CPUs with AMX tiles; see benchmarks/train_step.py for what it gains."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def to_tensors(value: Any, device: torch.device) -> Any:
+    """Nested dictionaries of numpy arrays to tensors on ``device``."""
+    if isinstance(value, Mapping):
+        return {name: to_tensors(item, device) for name, item in value.items()}
+    return torch.from_numpy(value).to(device, non_blocking=True)
+
+
+class Trainer:
+    """One training run in one folder.
+
+    Args:
+        experiment: The full configuration.
+        out: Run folder; gets ``config.yaml``, ``checkpoints/``, ``metrics.jsonl`` and TensorBoard events.
+        resume: Continue from the last checkpoint in ``out``; otherwise ``out`` must not hold one.
+    """
+
+    def __init__(self, experiment: Experiment, out: Path, resume: bool = False) -> None:
+        self.experiment, self.config, self.out = experiment, experiment.train, out
+        self.checkpoints = CheckpointFolder(out / "checkpoints")
+        done = self.checkpoints.steps()
+        if done and not resume:
+            raise ConfigError(f"'{out}' already holds a run (step {done[-1]}); continue it with --resume {out}, or choose another --out")
+        if resume and not done:
+            raise CheckpointError(f"'{out}' holds no checkpoint to resume from; start it with robopolicy train CONFIG --out {out}")
+        self.device = pick_device(self.config.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.config.threads)
+        self.data = open_data(experiment)
+        if len(self.data.train) < 1:
+            raise ConfigError(f"data: '{experiment.data.path}' gives no training windows; lower data.val_fraction")
+        self.batch_size = min(self.config.batch_size, len(self.data.train))
+        self.policy = build_untrained(experiment, self.data).to(self.device)
+        self.ema = averaged(self.policy, self.config.ema)
+        self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.loss: Callable[..., Tensor] = torch.compile(self.policy.loss) if self.config.compile else self.policy.loss
+        self.bf16 = use_bf16(self.config.precision, self.device)
+        self.generator = torch.Generator(device=self.device)
+        self.step = 0
+        self.best: list[tuple[float, int]] = []  # (score, step), best first
+        self.permutations: dict[int, np.ndarray] = {}
+        self.stop_signal: int | None = None
+        self.last_evaluation: Evaluation | None = None
+        if resume:
+            self._restore(self.checkpoints.path(done[-1]))
+
+    # -- one step ------------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns the loss and the gradient norm before clipping."""
+        indices = batch_indices(self.step, len(self.data.train), self.batch_size, self.experiment.seed, self.permutations)
+        batch = to_tensors(self.data.train.batch(indices), self.device)
+        self._seed(step_seed(self.experiment.seed, self.step))
+        self.policy.train()
+        with self._autocast():
+            loss = self.loss(batch, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimizer.step()
+        self.ema.update_parameters(self.policy)
+        self.step += 1
+        return loss.detach(), norm.detach()
+
+    def _seed(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # dropout and observation noise take no generator
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    # -- the run -------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to ``config.steps``. Returns the exit code: 0, or 128 + signal after a signal (everything saved)."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        config = self.experiment.model_dump(mode="json")
+        (self.out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        with Metrics(self.out, self.step) as metrics, _signals(self._on_signal), self._progress() as bar:
+            logged, started = self.step, time.perf_counter()
+            while self.step < self.config.steps and self.stop_signal is None:
+                loss, norm = self.train_step()
+                bar.update()
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    value, seconds = self._finite(loss, norm), time.perf_counter() - started
+                    metrics.write(
+                        self.step,
+                        {
+                            "train/loss": value,
+                            "train/grad_norm": float(norm),
+                            "train/lr": learning_rate(self.step - 1, self.config),
+                            "train/steps_per_s": (self.step - logged) / seconds,
+                        },
+                    )
+                    bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+                    logged, started = self.step, time.perf_counter()
+                paused = time.perf_counter()
+                if self.experiment.eval.episodes and self._due(self.experiment.eval.every):
+                    metrics.write(self.step, self._evaluate())
+                if self._due(self.config.checkpoint_every):
+                    if self.data.val is not None:
+                        metrics.write(self.step, {"val/loss": self.validation_loss(self.data.val)})
+                    self._save_or_warn(metrics)
+                started += time.perf_counter() - paused  # the logged rate is that of training alone
+            self.save()  # a full disk is an error here: there is no later chance
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _finite(self, loss: Tensor, norm: Tensor) -> float:
+        if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
+            raise RobopolicyError(
+                f"training diverged at step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; lower train.lr or raise "
+                f"train.warmup_steps, check the data with `robopolicy data check {self.experiment.data.path}`. Checkpoints are intact"
+            )
+        return float(loss)
+
+    def validation_loss(self, windows: Windows, max_windows: int = 1024) -> float:
+        """Loss of the averaged weights on held-out episodes, in evaluation mode, always with the same noise."""
+        indices = np.linspace(0, len(windows) - 1, min(max_windows, len(windows))).astype(np.int64)
+        generator = torch.Generator(device=self.device).manual_seed(step_seed(self.experiment.seed, -1 & 0xFFFFFFFF))
+        total = 0.0
+        with torch.no_grad(), self._autocast():
+            for part in np.array_split(indices, max(1, len(indices) // self.batch_size)):
+                total += float(self.ema.module.loss(to_tensors(windows.batch(part), self.device), generator)) * len(part)
+        return total / len(indices)
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.experiment.task is not None
+        config = self.experiment.eval
+        seeds = range(SEEDS["validation"], SEEDS["validation"] + config.episodes)
+        result = evaluate(
+            self.ema.module.eval(), self.experiment.task.spec, seeds, num_envs=config.num_envs, num_workers=config.num_workers, progress=False
+        )
+        self.last_evaluation = result
+        success, score = result.success.mean, result.max_reward.mean
+        self.best = sorted([*self.best, (score, self.step)], key=lambda item: (-item[0], -item[1]))[: self.config.keep_best]
+        return {"eval/success": success, "eval/max_reward": score}
+
+    def _progress(self) -> tqdm[Any]:
+        return tqdm(total=self.config.steps, initial=self.step, desc=self.experiment.name, unit="step", file=sys.stderr, smoothing=0.02)
+
+    def _on_signal(self, number: int) -> None:
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt  # the second one does not wait for the step to end
+        tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint at step {self.step} and stopping", file=sys.stderr)
+        self.stop_signal = number
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write the checkpoint of the present step and drop those that are neither recent nor among the best."""
+        policy = self.ema.module
+        task = None if self.experiment.task is None else self.experiment.task.model_dump(mode="json")
+        source = {
+            **provenance(),
+            "task": task,
+            "experiment": self.experiment.name,
+            "seed": self.experiment.seed,
+            "step": self.step,
+            "data": {"path": self.experiment.data.path, **self._data_identity()},
+        }
+        state = {"format": TRAIN_FORMAT, "step": self.step, "best": self.best, "data": self._data_identity()}
+        path = self.checkpoints.write(
+            self.step, {"train": (self.training_tensors(), state), "policy": (policy.state_dict(), {**policy.document(), "provenance": source})}
+        )
+        self.checkpoints.prune({step for _, step in self.best})
+        return path
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Everything that changes in training, by name."""
+        tensors = {f"model.{name}": value for name, value in self.policy.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
+
+    def _restore(self, folder: Path) -> None:
+        tensors, state = read_tensors(folder / "train")
+        if state.get("format") != TRAIN_FORMAT:
+            raise CheckpointError(f"checkpoint '{folder}' has training format {state.get('format')!r}; this version resumes {TRAIN_FORMAT}")
+        if state.get("data") != self._data_identity():
+            raise CheckpointError(
+                f"checkpoint '{folder}' was trained on other data ({state.get('data')}, now {self._data_identity()}); "
+                "restore the dataset, or start a new run with another --out"
+            )
+        try:
+            self.policy.load_state_dict(_under(tensors, "model."))
+            self.ema.load_state_dict(_under(tensors, "ema."))
+            for name, parameter in self.parameters.items():
+                keys = {key.split(".")[1] for key in tensors if key.startswith("optimizer.")}
+                self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"].to(self.device) for key in keys}
+            for parameter in self.parameters.values():
+                self.optimizer.state[parameter]["step"] = self.optimizer.state[parameter]["step"].to(
+                    self.device if self.device.type == "cuda" else "cpu"
+                )
+            self.step = int(state["step"])
+            self.best = [(float(score), int(step)) for score, step in state["best"]]
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"checkpoint '{folder}' does not fit config.yaml of its run ({reason}); do not edit it between") from error
+
+    def _data_identity(self) -> dict[str, Any]:
+        episodes = self.data.episodes
+        return {"episodes": len(episodes), "steps": int(episodes.num_steps), "windows": len(self.data.train)}
+
+    def _save_or_warn(self, metrics: Metrics) -> None:
+        try:
+            self.save()
+            metrics.flush()
+        except CheckpointError as error:
+            if self.step >= self.config.steps:
+                raise
+            tqdm.write(f"warning: {error}; training goes on and tries again at the next checkpoint", file=sys.stderr)
+
+
+class Metrics:
+    """``metrics.jsonl`` (one object per line, read by the report) and TensorBoard events; rows after a resumed step are dropped."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = out / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self.file.flush()
+        self.board.flush()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of ``metrics.jsonl``; a last line that a killed process left half-written is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Route SIGINT and SIGTERM to ``handler`` for the duration."""
+    previous = {number: signal.signal(number, lambda n, _frame: handler(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
