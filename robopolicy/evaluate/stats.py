@@ -1,7 +1,8 @@
-"""The statistics of success: intervals, paired comparisons, a test that may be looked at at any time, and letters for many policies.
+"""The statistics of success: intervals, paired comparisons, a test that may be looked at any time, letters for many policies.
 
 Everything here is a pure function of arrays; randomness (the bootstrap's) comes in as a ``numpy.random.Generator``. Boolean
-outcomes are called *success*, bounded or unbounded reals *score*. Policy ``B`` is better than ``A`` when differences ``b - a`` are positive.
+outcomes are called *success*, bounded or unbounded reals *score*. Policy ``B`` is better than ``A`` when differences ``b -
+a`` are positive.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
-    """An estimate with its confidence interval."""
+    """An estimate of a mean (a probability, a score, a difference of them) with its confidence interval."""
 
-    estimate: float
+    mean: float
     low: float
     high: float
     level: float = LEVEL
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-# ---------------------------------------------------------------------------------------------------------------- one policy
+# ------------------------------------------------------------------------------------------------------------------- one policy
 
 
 def success_interval(successes: int, n: int, level: float = LEVEL, method: Literal["wilson", "exact"] = "wilson") -> Interval:
     """Interval of a success probability from ``successes`` of ``n`` independent episodes.
 
-    ``wilson`` covers ``level`` on average over p and is the one to read; ``exact`` (Clopper-Pearson) covers at least ``level`` for every p
-    and is wider. Neither ever has zero width: 0 of 20 says "below 16 %", not "never".
+    ``wilson`` covers ``level`` on average over p and is the one to read; ``exact`` (Clopper-Pearson) covers at least
+    ``level`` for every p and is wider. Neither ever has zero width: 0 of 20 says "below 16 %", not "never".
 
     Raises EvaluationError unless ``0 <= successes <= n`` and ``n >= 1``.
     """
     if not 0 <= successes <= n or n < 1:
-        raise EvaluationError(f"{successes} successes of {n} episodes: expected at least 1 episode and 0 <= successes <= episodes")
+        raise EvaluationError(f"{successes} successes of {n} episodes: expected 0 <= successes <= episodes, at least 1 episode")
     bounds = stats.binomtest(int(successes), int(n)).proportion_ci(level, method=method)
     return Interval(successes / n, float(bounds.low), float(bounds.high), level)
 
@@ -59,8 +60,8 @@ def mean_interval(
 ) -> Interval:
     """Bootstrap interval of the mean of ``values [n]``; differences of paired scores go in here too (the paired bootstrap).
 
-    BCa (Efron 1987) corrects for skew, which scores near their maximum have. When all values are equal the bootstrap knows nothing
-    of the spread and the interval has zero width; read the success interval then.
+    BCa (Efron 1987) corrects for skew, which scores near their maximum have. When all values are equal the bootstrap knows
+    nothing of the spread and the interval has zero width; read the success interval then.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
@@ -69,7 +70,13 @@ def mean_interval(
     if np.ptp(values) == 0.0:
         return Interval(mean, mean, mean, level)
     result = stats.bootstrap(
-        (values,), np.mean, confidence_level=level, method=method, n_resamples=resamples, batch=max(1, 2_000_000 // len(values)), rng=rng
+        (values,),
+        np.mean,
+        confidence_level=level,
+        method=method,
+        n_resamples=resamples,
+        batch=max(1, 2_000_000 // len(values)),
+        rng=rng,
     )
     bounds = result.confidence_interval
     return Interval(mean, float(bounds.low), float(bounds.high), level)
@@ -78,25 +85,27 @@ def mean_interval(
 def pooled_interval(
     groups: Sequence[np.ndarray], rng: np.random.Generator, *, same_seeds: bool, level: float = LEVEL, resamples: int = RESAMPLES
 ) -> Interval:
-    """Hierarchical bootstrap of the mean over training seeds: ``groups[g]`` holds the episodes of the policy trained with seed ``g``.
+    """Hierarchical bootstrap of the mean over training seeds; ``groups[g]`` are the episodes of training seed ``g``.
 
-    A draw resamples training seeds with replacement, then episodes within each. With ``same_seeds`` all groups were evaluated on the
-    same environment seeds, ``groups[g][i]`` on seed ``i``: the seeds are then drawn once for all groups (the crossed bootstrap of
-    Owen 2007), because a hard initial state is hard for all of them and drawing it separately would hide that variance.
+    A draw resamples training seeds with replacement, then episodes within each. With ``same_seeds`` all groups were evaluated
+    on the same environment seeds, ``groups[g][i]`` on seed ``i``: the seeds are then drawn once for all groups (the crossed
+    bootstrap of Owen 2007), because a hard initial state is hard for all of them and drawing it separately would hide that
+    variance.
 
     The percentile interval is too narrow when training seeds are few (docs/eval.md has the measured coverage).
 
     Raises EvaluationError for fewer than 2 groups, an empty group, or unequal lengths with ``same_seeds``.
     """
     if len(groups) < 2 or any(len(g) == 0 for g in groups):
-        raise EvaluationError(f"pooling needs at least 2 training seeds with episodes each, found {[len(g) for g in groups]} episodes")
+        raise EvaluationError(f"pooling needs at least 2 training seeds with episodes each, found {[len(g) for g in groups]}")
     sizes = {len(g) for g in groups}
     if same_seeds and len(sizes) > 1:
         raise EvaluationError(f"pooling over the same seeds needs groups of one length, found {sorted(sizes)}")
     count = len(groups)
     picked = rng.integers(count, size=(resamples, count))
     if same_seeds:
-        # The mean over resampled groups and seeds is w_g^T Y w_s with multinomial weights; two matrix products do all draws at once.
+        # The mean over resampled groups and seeds is w_g^T Y w_s with multinomial weights; two matrix products do all draws
+        # at once.
         table = np.asarray(groups, dtype=np.float64)
         n = table.shape[1]
         group_weights = np.stack([np.bincount(row, minlength=count) for row in picked]) / count
@@ -116,7 +125,7 @@ def pooled_interval(
     return Interval(estimate, float(low), float(high), level)
 
 
-# ------------------------------------------------------------------------------------------------- two policies, fixed number of pairs
+# ------------------------------------------------------------------------------------------ two policies, fixed number of pairs
 
 
 class McNemar(NamedTuple):
@@ -136,9 +145,10 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> McNemar:
 
 
 def success_difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> Interval:
-    """Interval of ``P(B succeeds) - P(A succeeds)`` from paired outcomes: half an observation is added to each cell of the 2 x 2 table.
+    """Interval of ``P(B succeeds) - P(A succeeds)`` from paired outcomes.
 
-    Agresti and Min 2005. Unlike the bootstrap it keeps a width when the two never disagree. The estimate itself is not adjusted.
+    Half an observation is added to each cell of the 2 x 2 table (Agresti and Min 2005). Unlike the bootstrap it keeps a width
+    when the two never disagree. The estimate itself is not adjusted.
     """
     a, b = _paired(a, b)
     n = len(a) + 2
@@ -161,17 +171,17 @@ def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def paired_log_e(differences: np.ndarray, grid: int = 32) -> np.ndarray:
     """One-sided e-process against ``H0: mean difference <= 0`` for pairs on the same seeds, ``differences [..., n]`` in [-1, 1].
 
-    A gambler with capital 1 stakes the fraction ``lam`` on every pair: capital times ``1 + lam * d``. Under H0 the expected factor is
-    at most 1, so the capital is a non-negative supermartingale, however the two outcomes of a pair depend on each other, and
-    P(capital ever reaches 1 / alpha) <= alpha (Ville). The stakes are mixed uniformly over ``grid`` points of (0, 1), which keeps
-    this property and needs no tuning. For successes, d is -1, 0 or 1 and this is McNemar's test in sequential form: only seeds on
-    which the policies disagree move the capital.
+    A gambler with capital 1 stakes the fraction ``lam`` on every pair: capital times ``1 + lam * d``. Under H0 the expected
+    factor is at most 1, so the capital is a non-negative supermartingale, however the two outcomes of a pair depend on each
+    other, and P(capital ever reaches 1 / alpha) <= alpha (Ville). The stakes are mixed uniformly over ``grid`` points of (0,
+    1), which keeps this property and needs no tuning. For successes, d is -1, 0 or 1 and this is McNemar's test in sequential
+    form: only seeds on which the policies disagree move the capital.
 
     Returns the log capital after every pair, ``[..., n]``.
     """
     d = np.asarray(differences, dtype=np.float64)
     if d.size and not np.abs(d).max() <= 1.0:  # written so that NaN fails too
-        raise EvaluationError("the sequential test needs paired differences within [-1, 1]; use successes, or scores within [0, 1]")
+        raise EvaluationError("the sequential test needs differences within [-1, 1]; use successes, or scores within [0, 1]")
     total = np.full(d.shape, -np.inf)
     for stake in (np.arange(grid) + 0.5) / grid:
         np.logaddexp(total, np.cumsum(np.log1p(stake * d), axis=-1), out=total)
@@ -179,15 +189,16 @@ def paired_log_e(differences: np.ndarray, grid: int = 32) -> np.ndarray:
 
 
 def independent_log_e(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """One-sided e-process against ``H0: P(B) <= P(A)`` for blocks of one success outcome each ``a, b [..., n]``, all INDEPENDENT.
+    """One-sided e-process against ``H0: P(B) <= P(A)`` for INDEPENDENT outcomes ``a, b [..., n]``, one of each a block.
 
-    Turner and Grunwald: before block i predict ``p_a, p_b`` from the blocks before it (priors Beta(1, 2) and Beta(2, 1)), and with
-    ``p = (p_a + p_b) / 2`` multiply by ``Bern(a; p_a) Bern(b; p_b) / (Bern(a; p) Bern(b; p))`` where ``p_b > p_a``, else by 1. At equal true
-    probability q the expected factor is ``1 - ((p_b - p_a) (q - p) / (2 p (1 - p)))^2 <= 1``, and less where B is truly worse.
+    Turner and Grunwald: before block i predict ``p_a, p_b`` from the blocks before it (priors Beta(1, 2) and Beta(2, 1)), and
+    with ``p = (p_a + p_b) / 2`` multiply by ``Bern(a; p_a) Bern(b; p_b) / (Bern(a; p) Bern(b; p))`` where ``p_b > p_a``, else
+    by 1. At equal true probability q the expected factor is ``1 - ((p_b - p_a) (q - p) / (2 p (1 - p)))^2 <= 1``, and less
+    where B is truly worse.
 
-    Use it for trials that share nothing (an arm on a table, initial states drawn anew). That product of expectations needs a and b
-    independent: on shared seeds it is too careful when seeds are hard for both, and WRONG when what is hard for one is easy for the
-    other; :func:`paired_log_e` holds always. Returns the log e-value after every block, ``[..., n]``.
+    Use it for trials that share nothing (an arm on a table, initial states drawn anew). That product of expectations needs a
+    and b independent: on shared seeds it is too careful when seeds are hard for both, and WRONG when what is hard for one is
+    easy for the other; :func:`paired_log_e` holds always. Returns the log e-value after every block, ``[..., n]``.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     seen = np.arange(a.shape[-1])
@@ -205,9 +216,10 @@ def independent_log_e(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Sequential:
     """Where a two-sided sequential test stands.
 
-    ``log_e [n]`` is the log of the mean of the two one-sided e-values. Under equality both are e-processes, hence so is their mean: the test
-    "reject once the mean reaches 1 / alpha" has size alpha at any stopping time. The verdict names the side with the larger one-sided
-    e-value; that side is itself at least 1 / alpha then, so naming the WRONG winner also has probability at most alpha.
+    ``log_e [n]`` is the log of the mean of the two one-sided e-values. Under equality both are e-processes, hence so is their
+    mean: the test "reject once the mean reaches 1 / alpha" has size alpha at any stopping time. The verdict names the side
+    with the larger one-sided e-value; that side is itself at least 1 / alpha then, so naming the WRONG winner also has
+    probability at most alpha.
     """
 
     log_e: np.ndarray
@@ -239,13 +251,15 @@ def sequential(a: np.ndarray, b: np.ndarray, *, alpha: float = 0.05, paired: boo
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise EvaluationError(f"the sequential test needs two vectors of one length, found shapes {a.shape} and {b.shape}")
-    log_e_b, log_e_a = (paired_log_e(b - a), paired_log_e(a - b)) if paired else (independent_log_e(a, b), independent_log_e(b, a))
+    log_e_b, log_e_a = (
+        (paired_log_e(b - a), paired_log_e(a - b)) if paired else (independent_log_e(a, b), independent_log_e(b, a))
+    )
     log_e = np.logaddexp(log_e_a, log_e_b) - math.log(2)
     crossed = np.flatnonzero(log_e >= -math.log(alpha))
     return Sequential(log_e, log_e_a, log_e_b, alpha, int(crossed[0]) + 1 if len(crossed) else None)
 
 
-# ----------------------------------------------------------------------------------------------------------------- many policies
+# ---------------------------------------------------------------------------------------------------------------- many policies
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -258,7 +272,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def compact_letters(means: Sequence[float], different: Collection[tuple[int, int]]) -> list[str]:
-    """Compact letter display (Piepho 2004, insert and absorb): two policies share a letter exactly when they are not in ``different``.
+    """Compact letter display (Piepho 2004, insert and absorb): two policies share a letter unless their pair is in ``different``.
 
     Args:
         means: One figure per policy; the letter ``a`` goes to the group that holds the best.
@@ -275,17 +289,21 @@ def compact_letters(means: Sequence[float], different: Collection[tuple[int, int
     columns.sort(key=lambda column: sorted(rank[policy] for policy in column))
     if len(columns) > len(string.ascii_letters):
         raise EvaluationError(f"{len(columns)} groups need more letters than there are; compare fewer policies at once")
-    return ["".join(string.ascii_letters[k] for k, column in enumerate(columns) if policy in column) for policy in range(len(means))]
+    return [
+        "".join(string.ascii_letters[k] for k, column in enumerate(columns) if policy in column) for policy in range(len(means))
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- planning
+# --------------------------------------------------------------------------------------------------------------------- planning
 
 
-def required_episodes(p_a: float, p_b: float, *, power: float = 0.8, alpha: float = 0.05, correlation: float | None = None) -> int:
+def required_episodes(
+    p_a: float, p_b: float, *, power: float = 0.8, alpha: float = 0.05, correlation: float | None = None
+) -> int:
     """Episodes PER POLICY to tell success probability ``p_a`` from ``p_b``, two-sided, normal approximation.
 
-    Without ``correlation`` the arms are independent; with it they share seeds, outcomes on one seed correlate by that much, and the
-    test is McNemar's (Connor 1987).
+    Without ``correlation`` the arms are independent; with it they share seeds, outcomes on one seed correlate by that much,
+    and the test is McNemar's (Connor 1987).
 
     Raises EvaluationError for equal probabilities, or a correlation that these two probabilities cannot have.
     """
