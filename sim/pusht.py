@@ -10,7 +10,8 @@ things are done here instead of there:
   scores were made with it. What it amounts to: the block is placed upright on a random pixel, then turned about its centre of
   mass. :meth:`PushT.reset` draws from exactly this distribution (the first states of all 206 recordings fit it).
 * **Speed.** The controller is written in scalars, contacts are not counted in Python, and the overlap with the goal is not
-  computed while it cannot exist. Trajectories and rewards stay equal to gym-pusht's to the last bit.
+  computed while it cannot exist. Trajectories equal gym-pusht's to the last bit, rewards to 1e-15: gym-pusht adds up the
+  rectangles in an order that depends on memory addresses, and so does not repeat its own last bit; the order is fixed here.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def outlines(body: pymunk.Body) -> np.ndarray:
     """Corners of the two rectangles of a T at the pose of ``body``, closed, ``[2, 5, 2]`` px in the board's frame."""
     (x, y), (cos, sin) = body.position, body.rotation_vector
     corners = np.empty_like(CORNERS)
-    # In the order of operations of pymunk's local_to_world, so that the area agrees with gym-pusht's to the last bit.
+    # In the order of operations of pymunk's local_to_world, so that the corners are the very numbers that gym-pusht uses.
     corners[..., 0] = cos * CORNERS[..., 0] + (-sin) * CORNERS[..., 1] + x
     corners[..., 1] = sin * CORNERS[..., 0] + cos * CORNERS[..., 1] + y
     return corners
