@@ -239,9 +239,7 @@ def _check_observations(history: Mapping[str, np.ndarray], live: Mapping[int, _S
             continue
         for i, slot in live.items():
             if not np.isfinite(values[i]).all():
-                raise TaskError(
-                    f"observation '{name}' is not finite in the episode of seed {slot.seed} after step {slot.steps}; mend the task"
-                )
+                raise TaskError(f"observation '{name}' is not finite (seed {slot.seed}, step {slot.steps}); mend the task")
 
 
 def _check_actions(actions: np.ndarray, live: Mapping[int, _Slot], policy: Actor, name: str) -> None:
