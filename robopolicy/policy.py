@@ -47,6 +47,7 @@ class PolicyConfig(Config):
     action: ActionConfig = ActionConfig()
     normalize: dict[str, Mode] = {}  # per feature; those not named use `default_normalize`
     default_normalize: Mode = "minmax"
+    normalize_per_step: bool = False  # a scale for each row of the chunk: relative actions spread with the horizon
     obs_noise: float = pydantic.Field(default=0.0, ge=0.0)  # std of noise on normalised state features in training
 
     @pydantic.model_validator(mode="after")
@@ -124,17 +125,20 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Context ``[B, C]`` of observations ``name -> [B, n_obs_steps, *shape]`` in the units of their features."""
+    def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Context ``[B, C]`` of observations ``name -> [B, n_obs_steps, *shape]`` in the units of their features.
+
+        ``generator`` draws augmentations, in training mode only.
+        """
         inputs: dict[str, Tensor] = {}
         for name, feature in self.observation_features.items():
             value = obs[name]
             if not feature.is_image:
                 value = self.normalizers[name].normalize(value.float())
                 if self.training and self.config.obs_noise > 0:
-                    value = value + self.config.obs_noise * torch.randn_like(value)
+                    value = value + self.config.obs_noise * randn(value.shape, generator, device=value.device)
             inputs[name] = value
-        ctx: Tensor = self.encoder(inputs)
+        ctx: Tensor = self.encoder(inputs, generator)
         return ctx
 
     def field(self, x: Tensor, t: Tensor, ctx: Tensor) -> Pred:
@@ -145,16 +149,15 @@ class Policy(nn.Module):
         """A normalised chunk ``[B, H, A]`` for each context; ``generator`` may be one per row."""
         shape = (ctx.shape[0], self.config.horizon, self.action_transform.dim)
         noise = randn(shape, generator, device=ctx.device)
-        return self.sampler.sample(self.field, ctx, noise, path=self.path, generator=generator).x0
+        return self.sampler.sample(self.field, ctx, self.path.prior(noise), path=self.path, generator=generator).x0
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""
         obs: Mapping[str, Tensor] = batch["obs"]
         action = self.action_transform.encode(batch["action"].float(), self._reference(obs))
         x0 = self.normalizers["action"].normalize(action)
-        return denoising_loss(
-            self.net, self.path, self.config.prediction, x0, self.encode(obs), batch["action_is_pad"], generator, self.config.loss
-        )
+        ctx, is_pad = self.encode(obs, generator), batch["action_is_pad"]
+        return denoising_loss(self.net, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
 
     @torch.no_grad()
     def act(self, obs: Observations, generator: torch.Generator | Sequence[torch.Generator]) -> np.ndarray:
@@ -239,8 +242,13 @@ def build_policy(document: Mapping[str, Any], where: str) -> Policy:
     transform = ActionTransform(config.action, action_feature, observations)
     mode = {**dict.fromkeys([*observations, "action"], config.default_normalize), **config.normalize}
     normalizers = {name: Normalizer(feature.size, mode[name]) for name, feature in observations.items() if not feature.is_image}
-    normalizers["action"] = Normalizer(transform.dim, mode["action"])
+    normalizers["action"] = Normalizer(action_statistics_size(config, transform), mode["action"])
     return Policy(config, observations, action_feature, normalizers)
+
+
+def action_statistics_size(config: PolicyConfig, transform: ActionTransform) -> int:
+    """Entries of the action normaliser: one per action dimension, or one per row and dimension of the chunk."""
+    return transform.dim * (config.horizon if config.normalize_per_step else 1)
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from robopolicy.train.ema import EMAConfig, averaged
 from robopolicy.train.experiment import Experiment, TrainConfig
 
 FEATURES = {
-    "position": Feature("position", (3,), unit="m", rate=10.0),
+    "position": Feature("position", (2,), unit="m", rate=10.0),
     "image": Feature("image", (16, 16, 3), "uint8", rate=10.0),
     "action": Feature("action", (2,), unit="m", rate=10.0),
 }
@@ -35,9 +35,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     episodes = Episodes.create(path, FEATURES)
     for length in (20, 31, 25, 40):
-        position = np.cumsum(rng.normal(size=(length, 3)), axis=0).astype(np.float32)
+        position = np.cumsum(rng.normal(size=(length, 2)), axis=0).astype(np.float32)
         image = rng.integers(0, 255, (length, 16, 16, 3), dtype=np.uint8)
-        episodes.append({"position": position, "image": image, "action": position[:, :2] + 1})
+        episodes.append({"position": position, "image": image, "action": position + 1})
     return path
 
 
@@ -77,10 +77,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data": {"observations": ["position", "image"]},
         "policy": {
             "net": {"type": "unet1d", "down_dims": [8, 16], "groups": 4, "time_dim": 8},
-            "encoder": {"type": "multimodal", "rgb": {"widths": [8, 8], "crop": [12, 12]}},
+            "encoder": {"type": "multimodal", "rgb": {"widths": [16, 16], "crop": 0.75}},
         },
     },
-    "diffusion dit": {"policy": {"path": "vp_cosine", "prediction": "eps", "sampler": "ddim", "net": {"type": "dit", "dim": 16, "depth": 1, "heads": 2}}},
+    "diffusion dit, relative actions": {
+        "policy": {
+            "path": {"type": "vp_cosine"},
+            "prediction": "eps",
+            "sampler": {"type": "ddim"},
+            "net": {"type": "dit", "width": 16, "depth": 1, "heads": 2},
+            "action": {"type": "relative", "reference": ["position"]},
+            "normalize_per_step": True,
+        }
+    },
 }
 
 
@@ -186,7 +195,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_on_other_data(store: Path, tmp
 def test_the_saved_policy_acts_as_the_average_did(store: Path, tmp_path: Path) -> None:
     run = trainer(config(store), tmp_path)
     run.run()
-    obs = {"position": np.random.default_rng(1).normal(size=(3, 2, 3)).astype(np.float32)}
+    obs = {"position": np.random.default_rng(1).normal(size=(3, 2, 2)).astype(np.float32)}
     loaded = load_policy(tmp_path)
     first = loaded.act(obs, torch.Generator().manual_seed(0))
     second = run.ema.module.eval().act(obs, torch.Generator().manual_seed(0))

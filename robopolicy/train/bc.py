@@ -229,7 +229,8 @@ class Trainer:
         return {"eval/success": success, "eval/max_reward": score}
 
     def _progress(self) -> tqdm[Any]:
-        return tqdm(total=self.config.steps, initial=self.step, desc=self.experiment.name, unit="step", file=sys.stderr, smoothing=0.02)
+        interval = 0.2 if sys.stderr.isatty() else 15.0  # logs keep every refresh as a line
+        return tqdm(total=self.config.steps, initial=self.step, desc=self.experiment.name, unit="step", file=sys.stderr, smoothing=0.02, mininterval=interval)
 
     def _on_signal(self, number: int) -> None:
         if self.stop_signal is not None:

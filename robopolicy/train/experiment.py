@@ -15,7 +15,7 @@ from robopolicy.data.episodes import Episodes, FeatureSource
 from robopolicy.data.normalize import Normalizer
 from robopolicy.data.windows import Windows, split_episodes
 from robopolicy.errors import ConfigError, nearest
-from robopolicy.policy import Policy, PolicyConfig
+from robopolicy.policy import Policy, PolicyConfig, action_statistics_size
 from robopolicy.task import TaskSpec
 from robopolicy.train.ema import EMAConfig
 
@@ -149,7 +149,7 @@ def fit_normalizers(
         batch = windows.batch(chosen[start : start + 4096], images=False)
         reference = {name: torch.from_numpy(batch["obs"][name][:, -1]).float() for name in vectors}
         action = transform.encode(torch.from_numpy(batch["action"]), reference)
-        columns["action"].append(action.reshape(-1, transform.dim).numpy().copy())
+        columns["action"].append(action.reshape(-1, action_statistics_size(config, transform)).numpy().copy())
         for name in vectors:
             columns[name].append(batch["obs"][name][:, -1].reshape(len(batch["action"]), -1).copy())
     modes = {name: config.normalize.get(name, config.default_normalize) for name in columns}
