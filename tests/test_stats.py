@@ -38,7 +38,9 @@ def ever(log_e: np.ndarray, alpha: float = ALPHA) -> float:
     return float((log_e.max(axis=-1) >= -math.log(alpha)).mean())
 
 
-def correlated_pairs(rng: np.random.Generator, p: float, correlation: float, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def correlated_pairs(
+    rng: np.random.Generator, p: float, correlation: float, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Outcomes of two policies that both succeed with probability ``p``, correlated over seeds."""
     both = p * p + correlation * p * (1 - p)
     u = rng.random(shape)
@@ -113,7 +115,11 @@ def coverage_over_training_seeds(groups: int, seed_effect: float, same_seeds: bo
     m, n, hits = 200, 60, 0
     for _ in range(m):
         shape = (1, n) if same_seeds else (groups, n)
-        table = 0.05 * rng.standard_normal((groups, 1)) + seed_effect * rng.standard_normal(shape) + 0.3 * rng.standard_normal((groups, n))
+        table = (
+            0.05 * rng.standard_normal((groups, 1))
+            + seed_effect * rng.standard_normal(shape)
+            + 0.3 * rng.standard_normal((groups, n))
+        )
         interval = pool(list(table), rng)
         hits += interval.low <= 0 <= interval.high
     return hits / m
@@ -194,7 +200,9 @@ def test_a_repeated_z_test_fails_the_same_check():
 
 
 def test_outcomes_that_exclude_each_other_break_the_independent_test_but_not_the_paired_one():
-    a, b = correlated_pairs(np.random.default_rng(12), 0.5, -1.0, (NULLS, 500))  # what A solves B does not, and the other way round
+    a, b = correlated_pairs(
+        np.random.default_rng(12), 0.5, -1.0, (NULLS, 500)
+    )  # what A solves B does not, and the other way round
     d = b.astype(float) - a
     assert ever(two_sided(paired_log_e(-d), paired_log_e(d))) <= BOUND
     assert ever(two_sided(independent_log_e(b, a), independent_log_e(a, b))) > 2 * BOUND
@@ -278,7 +286,9 @@ def test_policies_share_a_letter_exactly_when_they_are_not_separated(data, count
 # --- planning ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("p_a", "p_b", "n"), [(0.5, 0.6, 385), (0.5, 0.7, 91), (0.5, 0.8, 36), (0.8, 0.9, 197), (0.9, 0.95, 432)])
+@pytest.mark.parametrize(
+    ("p_a", "p_b", "n"), [(0.5, 0.6, 385), (0.5, 0.7, 91), (0.5, 0.8, 36), (0.8, 0.9, 197), (0.9, 0.95, 432)]
+)
 def test_required_episodes_of_independent_arms(p_a, p_b, n):
     assert required_episodes(p_a, p_b) == n
 

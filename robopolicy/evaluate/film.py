@@ -51,7 +51,7 @@ def replay(task: Task, rollout: Rollout) -> list[np.ndarray]:
     rewards: list[float] = []
     success = False
     for action in rollout.actions:
-        _, reward, _, _, info = task.step(action)
+        _, reward, _, _, info = task.step(np.asarray(action, task.action_feature.dtype))
         rewards.append(float(reward))
         success |= bool(info["is_success"])
         frames.append(_frame(task))

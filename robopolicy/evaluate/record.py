@@ -7,7 +7,7 @@ computed again on reading.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,7 @@ class Settings(Config):
     n_obs_steps: int
     n_action_steps: int
     sampler: dict[str, Any] | None = None
+    nfe: int | None = None  # evaluations of the network for one chunk
     # ---
     num_envs: int
     num_workers: int
@@ -139,6 +140,10 @@ class Evaluation(Config):
     def max_reward(self) -> Interval:
         """Mean over episodes of the largest reward, BCa bootstrap interval."""
         return self.summary.mean_max_reward
+
+    def restricted(self, seeds: Collection[int]) -> Evaluation:
+        """The same with the episodes of ``seeds`` only."""
+        return Evaluation(**{**dict(self), "episodes": tuple(e for e in self.episodes if e.seed in seeds)})
 
     def lines(self) -> list[str]:
         """The summary for a terminal."""

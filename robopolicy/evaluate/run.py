@@ -22,6 +22,7 @@ from robopolicy.errors import EvaluationError, TaskError
 from robopolicy.evaluate.film import film_rollouts
 from robopolicy.evaluate.record import Episode, Evaluation, Film, Rollout, Settings, TaskRecord, check_seeds
 from robopolicy.features import Feature
+from robopolicy.policy import Policy
 from robopolicy.provenance import provenance
 from robopolicy.task import TaskSpec
 from robopolicy.vector import VectorEnv
@@ -100,7 +101,6 @@ def evaluate(
         TaskError: Policy and task do not fit together, or the task's observations are not finite.
     """
     check_seeds(seeds)
-    check_fit(policy, spec)
     rollouts: list[Rollout] = []
     successes = 0
     started = time.perf_counter()
@@ -109,6 +109,7 @@ def evaluate(
         VectorEnv(spec, num_envs, num_workers) as env,
         tqdm(total=len(seeds), desc=f"evaluate {name}", unit="episode", disable=not progress) as bar,
     ):
+        check_fit(policy, env)
         for done in rollout(policy, env, seeds, noise_seed=noise_seed, name=name):
             rollouts.append(done)
             successes += done.episode.success
@@ -132,8 +133,7 @@ def evaluate(
 def rollout(policy: Actor, env: VectorEnv, seeds: Sequence[int], *, noise_seed: int, name: str = "policy") -> Iterator[Rollout]:
     """Run one episode per seed in ``env`` and yield each as it ends (not in the order of ``seeds``).
 
-    ``env`` has no more environments than there are seeds; one whose episode ended takes the next seed. Raises as
-    :func:`evaluate`.
+    An environment whose episode ended takes the next seed. Raises as :func:`evaluate`.
     """
     queue = deque(seeds)
     slots: list[_Slot | None] = [None] * env.num_envs
@@ -143,7 +143,7 @@ def rollout(policy: Actor, env: VectorEnv, seeds: Sequence[int], *, noise_seed: 
         fresh = {i: queue.popleft() for i, slot in enumerate(slots) if slot is None and queue}
         if fresh:
             obs = env.reset([fresh.get(i) for i in range(env.num_envs)])
-            if not history:  # the first reset fills every row
+            if not history:
                 history = {n: np.repeat(obs[n][:, None], policy.n_obs_steps, axis=1) for n in policy.observation_features}
             for i, seed in fresh.items():
                 generators[i] = noise_generator(noise_seed, seed)
@@ -160,7 +160,7 @@ def rollout(policy: Actor, env: VectorEnv, seeds: Sequence[int], *, noise_seed: 
         history = {n: np.concatenate([past, step.obs[n]], axis=1)[:, -policy.n_obs_steps :] for n, past in history.items()}
         for i, slot in live.items():
             taken = int(step.length[i])
-            slot.success |= bool(step.success[i])
+            slot.success |= bool(step.success[i, :taken].any())
             slot.steps += taken
             slot.rewards.append(step.reward[i, :taken].copy())
             slot.actions.append(actions[i, :taken])
@@ -188,7 +188,6 @@ def record(
     films: Sequence[Film] = (),
 ) -> Evaluation:
     """The :class:`Evaluation` of finished episodes, sorted by seed."""
-    config = getattr(policy, "config", None)  # a policy of another make need not have one
     return Evaluation(
         policy=name,
         task=TaskRecord(name=spec.name, args=dict(spec.kwargs)),
@@ -196,11 +195,12 @@ def record(
             noise_seed=noise_seed,
             n_obs_steps=policy.n_obs_steps,
             n_action_steps=policy.n_action_steps,
-            sampler=getattr(config, "sampler", None),
+            sampler=policy.config.sampler if isinstance(policy, Policy) else None,
+            nfe=policy.sampler.nfe(policy.path) if isinstance(policy, Policy) else None,
             num_envs=num_envs,
             num_workers=num_workers,
             threads=torch.get_num_threads(),
-            device=str(getattr(policy, "device", "cpu")),
+            device=str(policy.device) if isinstance(policy, Policy) else "cpu",
         ),
         provenance=provenance(),
         seconds=seconds,
@@ -209,28 +209,22 @@ def record(
     )
 
 
-def check_fit(policy: Actor, spec: TaskSpec) -> None:
+def check_fit(policy: Actor, env: VectorEnv) -> None:
     """Raises TaskError when the task lacks a feature of the policy, or declares another shape or unit."""
-    task = spec.make()
-    try:
-        observed, commanded = dict(task.observation_features), task.action_feature
-    finally:
-        task.close()
+    observed = env.observation_features
     for name, feature in policy.observation_features.items():
         if name not in observed:
             raise TaskError(
-                f"task '{spec.name}' has no observation '{name}'; the policy needs it. It has {', '.join(sorted(observed))}"
+                f"the policy needs observation '{name}' and the task has {', '.join(sorted(observed))}; check --task-arg"
             )
-        _same(feature, observed[name], spec, f"observation '{name}'")
-    _same(policy.action_feature, commanded, spec, "the action")
+        _same(feature, observed[name], f"observation '{name}'")
+    _same(policy.action_feature, env.action_feature, "the action")
 
 
-def _same(wanted: Feature, found: Feature, spec: TaskSpec, what: str) -> None:
+def _same(wanted: Feature, found: Feature, what: str) -> None:
     for aspect, theirs, ours in (("shape", found.shape, wanted.shape), ("unit", found.unit, wanted.unit)):
         if theirs != ours and theirs != "" != ours:  # an empty unit is an unknown one
-            raise TaskError(
-                f"task '{spec.name}': {what} has {aspect} {theirs}, the policy was trained on {ours}; check --task-arg"
-            )
+            raise TaskError(f"{what} of the task has {aspect} {theirs}, the policy was trained on {ours}; check --task-arg")
 
 
 def _check_observations(history: Mapping[str, np.ndarray], live: Mapping[int, _Slot]) -> None:

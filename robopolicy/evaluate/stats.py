@@ -33,6 +33,10 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def signed(self) -> str:
+        """As text with signs, for differences."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
 
 # ------------------------------------------------------------------------------------------------------------------- one policy
 
@@ -158,6 +162,19 @@ def success_difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> In
     return Interval(float(b.mean() - a.mean()), max(-1.0, float(centre - half)), min(1.0, float(centre + half)), level)
 
 
+def sign_flip_p(differences: np.ndarray, rng: np.random.Generator) -> float:
+    """Two-sided permutation p-value of paired differences ``[n]``: under equality each is as likely to have the other sign."""
+    d = np.asarray(differences, dtype=np.float64)
+    d = d[d != 0]
+    if len(d) == 0:
+        return 1.0
+    reached = 0
+    for _ in range(0, RESAMPLES, 1000):  # in parts, for memory
+        signs = rng.integers(0, 2, size=(1000, len(d))) * 2 - 1
+        reached += int((np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).sum())
+    return (1 + reached) / (1 + RESAMPLES)
+
+
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
@@ -210,6 +227,23 @@ def independent_log_e(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(y > 0, np.log(alternative / p), np.log((1 - alternative) / (1 - p)))
 
     return np.cumsum(np.where(p_b > p_a, log_ratio(a, p_a) + log_ratio(b, p_b), 0.0), axis=-1)
+
+
+def any_time_interval(differences: np.ndarray, alpha: float = 0.05, points: int = 401) -> Interval:
+    """Interval of the mean difference that holds at every moment at once, so also when looking at it decided when to stop.
+
+    It keeps the means ``m`` on a grid over [-1, 1] that the two-sided test of "mean difference = m" has never rejected: the
+    betting confidence sequence of Waudby-Smith and Ramdas (2024), with the e-process of :func:`paired_log_e`. Wider than a
+    fixed-n interval.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    means = np.linspace(-1, 1, points)
+    shifted = (d - means[:, None]) / (1 + np.abs(means[:, None]))  # within [-1, 1] again
+    log_e = np.logaddexp(paired_log_e(shifted), paired_log_e(-shifted)) - math.log(2)
+    kept = means[log_e.max(axis=-1, initial=0.0) < -math.log(alpha)]
+    step = 2 / (points - 1)
+    low, high = (kept[0] - step, kept[-1] + step) if len(kept) else (d.mean(), d.mean())
+    return Interval(float(d.mean()), max(-1.0, float(low)), min(1.0, float(high)), 1 - alpha)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,209 @@
+"""``robopolicy eval``: how good is a policy? And what ``compare`` shares with it: which policy, which task, which seeds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robopolicy.errors import EvaluationError, nearest
+
+if TYPE_CHECKING:
+    from robopolicy.evaluate.record import Evaluation
+    from robopolicy.policy import Policy
+    from robopolicy.task import TaskSpec
+
+EPILOG = """\
+examples:
+  robopolicy eval outputs/pusht_flow --episodes 500 --film
+  robopolicy eval outputs/pusht_flow --steps 4                  # fewer sampler steps, to see what they cost
+  robopolicy eval outputs/lift_flow --task lift --seeds 250000 --episodes 100 --workers 2
+  robopolicy eval runs/seed0 runs/seed1 runs/seed2 --episodes 200   # training seeds, pooled
+
+Seeds of demonstrations start at 0, of validation during training at 100000, of tests at 200000, of searches at 300000: a
+policy never meets its test episodes before the test. The noise of the policy is seeded too: the same command gives the same
+figures."""
+
+FIRST_SEEDS = {"validation": 100_000, "test": 200_000, "search": 300_000}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CKPT", help="a run or checkpoint folder; several are pooled as training seeds"
+    )
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--film", nargs="?", type=_count, const=1, default=0, metavar="N", help="film N successes and N failures (default 1)"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of everything that runs episodes."""
+    parser.add_argument("--task", help="task to run (default: the one the policy was trained for)")
+    parser.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
+    parser.add_argument("--episodes", type=_count, default=200, help="one per seed (default 200)")
+    parser.add_argument(
+        "--seeds", default="test", metavar="test|validation|search|START", help="where seeds start (default test)"
+    )
+    parser.add_argument("--steps", type=_count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    parser.add_argument("--num-envs", type=_count, default=50, help="episodes that advance together (default 50)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that step them (default 0: none besides this one)")
+    parser.add_argument("--noise-seed", type=int, default=0, help="seed of the policy's noise (default 0)")
+    parser.add_argument("--device", default="cpu", help="where the network runs (default cpu)")
+    parser.add_argument("--threads", type=_count, default=1, help="threads of the network (default 1: best for small ones)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from robopolicy.evaluate.report import write_report
+    from robopolicy.evaluate.run import evaluate
+
+    torch.set_num_threads(args.threads)
+    seeds = seeds_of(args)
+    evaluations: list[Evaluation] = []
+    for path in args.checkpoints:
+        policy, spec = load(path, args)
+        evaluation = evaluate(
+            policy,
+            spec,
+            seeds,
+            num_envs=args.num_envs,
+            num_workers=args.workers,
+            noise_seed=args.noise_seed,
+            film=(args.film, args.film) if len(evaluations) == 0 else (0, 0),
+            name=str(path),
+        )
+        evaluations.append(evaluation)
+    first = evaluations[0]
+    folder = args.out or _default_folder(args, first)
+    if len(evaluations) == 1:
+        first.save(folder / "eval.json")
+        report = write_report(folder / "report.html", title=f"{_short(first.policy)} on {first.task.name}", evaluation=first)
+        print("\n".join(first.lines()))
+    else:
+        report = _pooled(evaluations, args.checkpoints, folder)
+    for film in first.films:
+        (folder / f"{'success' if film.episode.success else 'failure'}_{film.episode.seed}.mp4").write_bytes(film.mp4)
+    print(f"report           {report}")
+    return 0
+
+
+def _pooled(evaluations: Sequence[Evaluation], checkpoints: Sequence[str], folder: Path) -> Path:
+    """Print and write several training seeds and what they say together; returns the report's path."""
+    import numpy as np
+    from markupsafe import Markup
+
+    from robopolicy.evaluate.record import BOOTSTRAP_SEED, write_json
+    from robopolicy.evaluate.report import Section, write_report
+    from robopolicy.evaluate.stats import pooled_interval
+    from robopolicy.policy import read_provenance
+
+    origins = [(p.get("experiment"), p.get("seed")) for p in map(read_provenance, checkpoints)]
+    if len(set(origins)) < len(origins) and origins[0][1] is not None:
+        print("note: two of these are the same experiment with the same training seed; they are not independent", file=sys.stderr)
+    if len({e.task.name for e in evaluations}) > 1:
+        raise EvaluationError("these policies were trained for different tasks; name one with --task, or evaluate each by itself")
+    figures = {
+        "success": pooled_interval([e.successes for e in evaluations], np.random.default_rng(BOOTSTRAP_SEED), same_seeds=True),
+        "mean max reward": pooled_interval(
+            [e.max_rewards for e in evaluations], np.random.default_rng(BOOTSTRAP_SEED), same_seeds=True
+        ),
+    }
+    for index, evaluation in enumerate(evaluations):
+        evaluation.save(folder / f"{index}" / "eval.json")
+        print(f"{evaluation.policy}: success {evaluation.success}, mean max reward {evaluation.max_reward}")
+    count = len(evaluations)
+    for name, interval in figures.items():
+        print(f"{name:<16} {interval}   pooled over {count} training seeds x {len(evaluations[0].episodes)} episodes")
+    note = "Resampled over training seeds, then over environment seeds, which all policies share."
+    if count < 5:
+        note += f" With {count} training seeds the interval is too narrow where training seeds differ much (docs/eval.md)."
+        print(
+            f"note: {count} training seeds are few; the interval is too narrow when they differ much (docs/eval.md)",
+            file=sys.stderr,
+        )
+    write_json(
+        folder / "pooled.json",
+        {
+            "schema_version": 1,
+            "checkpoints": list(checkpoints),
+            "evaluations": [f"{i}/eval.json" for i in range(count)],
+            **{name.replace(" ", "_"): interval._asdict() for name, interval in figures.items()},
+        },
+    )
+    rows = "".join(f"<tr><th>{name}</th><td>{interval}</td></tr>" for name, interval in figures.items())
+    section = Section(f"Pooled over {count} training seeds", Markup(f"<table>{rows}</table>"), note)
+    task = evaluations[0].task.name
+    return write_report(
+        folder / "report.html", title=f"{count} training seeds on {task}", evaluation=evaluations, extra=[section]
+    )
+
+
+def load(path: str, args: argparse.Namespace) -> tuple[Policy, TaskSpec]:
+    """The policy at ``path`` with its sampler as ``--steps`` says, and the task it shall run in."""
+    from robopolicy.policy import load_policy, read_provenance
+    from robopolicy.task import TaskSpec
+
+    policy = load_policy(path, args.device)
+    if args.steps is not None:
+        override_steps(policy, args.steps)
+    own = read_provenance(path).get("task") or {}
+    name = args.task or own.get("name")
+    if not isinstance(name, str):
+        raise EvaluationError(
+            f"checkpoint '{path}' does not say which task it is for; name one with --task (`robopolicy tasks` lists them)"
+        )
+    arguments: dict[str, Any] = dict(own.get("args", {})) if name == own.get("name") else {}
+    arguments.update(_task_arguments(args.task_arg))
+    return policy, TaskSpec(name, arguments)
+
+
+def override_steps(policy: Policy, steps: int) -> None:
+    """Make the policy's sampler take ``steps`` steps. Raises ConfigError when it cannot."""
+    from robopolicy.config import component
+    from robopolicy.generative.sampler import SAMPLERS
+
+    setting = {**policy.config.sampler, "num_steps": steps}
+    cls, config = component("sampler", setting, SAMPLERS)
+    policy.sampler = cls(config)
+    policy.config = policy.config.model_copy(update={"sampler": setting})
+
+
+def seeds_of(args: argparse.Namespace) -> list[int]:
+    """The environment seeds that the arguments ask for, ascending."""
+    start = FIRST_SEEDS.get(args.seeds)
+    if start is None:
+        if not args.seeds.isdigit():
+            raise EvaluationError(f"--seeds {args.seeds}: {nearest(args.seeds, FIRST_SEEDS)} Or give the first seed, a number")
+        start = int(args.seeds)
+    return list(range(start, start + args.episodes))
+
+
+def _task_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    from robopolicy.config import apply_overrides
+
+    return apply_overrides({}, texts)
+
+
+def _default_folder(args: argparse.Namespace, first: Evaluation) -> Path:
+    """Beside the (first) policy, named after what changes the figures."""
+    task = first.task.name.rpartition(":")[2]
+    steps = f"_steps{args.steps}" if args.steps else ""
+    pooled = "_pooled" if len(args.checkpoints) > 1 else ""
+    return Path(args.checkpoints[0]) / "eval" / f"{task}_{first.seeds[0]}_{len(first.episodes)}{steps}{pooled}"
+
+
+def _short(policy: str) -> str:
+    return "/".join(Path(policy).parts[-2:])
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
