@@ -1,7 +1,7 @@
 """Typed configuration: YAML files, dotted overrides, and errors that name the nearest valid key.
 
-Every configurable class has a ``Config`` model derived from :class:`Config`. A *component* (network, path, encoder, ...) is chosen
-in YAML by its ``type``: a registered short name or a dotted path ``package.module:Class`` to a class of your own.
+Every configurable class has a ``Config`` model derived from :class:`Config`. A *component* (network, path, encoder, ...) is
+chosen in YAML by its ``type``: a registered short name or a dotted path ``package.module:Class`` to a class of your own.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class Feature:
         name: Key in observation dictionaries and under ``data/`` in a store, for example ``agent_pos``.
         shape: Shape at one time step, without batch or time. Images are ``(H, W, 3)``.
         dtype: One of :data:`DTYPES`; images are ``uint8``.
-        unit: SI unit (``m``, ``rad``, ``m/s``, ``N``), ``px``, ``rot6d``, ``quat_xyzw``, or ``1`` for dimensionless. Empty: unknown.
-            A vector of mixed units lists them per entry, separated by commas: ``m,m,m,rad``.
+        unit: SI unit (``m``, ``rad``, ``m/s``, ``N``), ``px``, ``rot6d``, ``quat_xyzw``, or ``1`` (dimensionless). Empty: unknown.
+            Mixed units are listed per entry, separated by commas: ``m,m,m,rad``.
         names: Optional names of the entries along the last axis, for example joint names.
         rate: Nominal rate in Hz; None when unknown.
     """
@@ -45,7 +45,9 @@ class Feature:
         if self.dtype not in DTYPES:
             raise DataError(f"feature '{self.name}': dtype '{self.dtype}' is not supported; use one of {', '.join(DTYPES)}")
         if self.names and (not self.shape or len(self.names) != self.shape[-1]):
-            raise DataError(f"feature '{self.name}': {len(self.names)} names for shape {self.shape}; give one per entry of the last axis")
+            raise DataError(
+                f"feature '{self.name}': {len(self.names)} names for shape {self.shape}; give one per entry of the last axis"
+            )
         if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
             raise DataError(f"feature '{self.name}': rate {self.rate} is not a positive number of Hz")
 

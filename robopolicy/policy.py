@@ -22,7 +22,8 @@ from robopolicy.errors import CheckpointError, ConfigError, DataError
 from robopolicy.features import Feature
 from robopolicy.generative.fields import Leaf
 from robopolicy.generative.losses import LossConfig, denoising_loss
-from robopolicy.generative.path import PATHS, Kind, Path as GaussianPath, Pred
+from robopolicy.generative.path import PATHS, Kind, Pred
+from robopolicy.generative.path import Path as GaussianPath
 from robopolicy.generative.sampler import SAMPLERS, Sampler, randn
 from robopolicy.nets.registry import ENCODERS, NETS
 from robopolicy.train.checkpoint import find_policy, read_tensors, write_tensors
@@ -53,9 +54,9 @@ class PolicyConfig(Config):
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         if self.n_obs_steps - 1 + self.n_action_steps > self.horizon:
+            needed = self.n_obs_steps - 1 + self.n_action_steps
             raise ValueError(
-                f"n_obs_steps - 1 + n_action_steps = {self.n_obs_steps - 1 + self.n_action_steps} exceeds horizon {self.horizon}; "
-                "raise the horizon or execute fewer actions"
+                f"n_obs_steps - 1 + n_action_steps = {needed} exceeds horizon {self.horizon}; raise it or execute fewer actions"
             )
         return self
 
@@ -125,6 +126,12 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
+    def normalizer(self, name: str) -> Normalizer:
+        """The normaliser of a vector observation, or of the transformed ``"action"``."""
+        module = self.normalizers[name]
+        assert isinstance(module, Normalizer)
+        return module
+
     def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Context ``[B, C]`` of observations ``name -> [B, n_obs_steps, *shape]`` in the units of their features.
 
@@ -134,7 +141,7 @@ class Policy(nn.Module):
         for name, feature in self.observation_features.items():
             value = obs[name]
             if not feature.is_image:
-                value = self.normalizers[name].normalize(value.float())
+                value = self.normalizer(name).normalize(value.float())
                 if self.training and self.config.obs_noise > 0:
                     value = value + self.config.obs_noise * randn(value.shape, generator, device=value.device)
             inputs[name] = value
@@ -155,7 +162,7 @@ class Policy(nn.Module):
         """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""
         obs: Mapping[str, Tensor] = batch["obs"]
         action = self.action_transform.encode(batch["action"].float(), self._reference(obs))
-        x0 = self.normalizers["action"].normalize(action)
+        x0 = self.normalizer("action").normalize(action)
         ctx, is_pad = self.encode(obs, generator), batch["action_is_pad"]
         return denoising_loss(self.net, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
 
@@ -174,7 +181,7 @@ class Policy(nn.Module):
             DataError: A feature is missing or has the wrong shape.
         """
         tensors = {name: self._observed(obs, name) for name in self.observation_features}
-        chunk = self.normalizers["action"].unnormalize(self.sample(self.encode(tensors), generator).float())
+        chunk = self.normalizer("action").unnormalize(self.sample(self.encode(tensors), generator).float())
         actions = self.action_transform.decode(chunk, self._reference(tensors))
         first = self.config.n_obs_steps - 1
         return actions[:, first : first + self.config.n_action_steps].cpu().numpy().astype(np.float32)
@@ -189,7 +196,9 @@ class Policy(nn.Module):
         value = torch.as_tensor(obs[name])
         expected = (self.config.n_obs_steps, *self.observation_features[name].shape)
         if tuple(value.shape[1:]) != expected:
-            raise DataError(f"observation '{name}' has shape {tuple(value.shape)}; expected (batch, {', '.join(map(str, expected))})")
+            raise DataError(
+                f"observation '{name}' has shape {tuple(value.shape)}; expected (batch, {', '.join(map(str, expected))})"
+            )
         return value.to(self.device)
 
     def document(self) -> dict[str, Any]:
@@ -229,7 +238,9 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Policy:
 def build_policy(document: Mapping[str, Any], where: str) -> Policy:
     """A policy with untrained weights from the contents of ``policy.json``. Raises CheckpointError."""
     if document.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint '{where}' has format {document.get('format')!r}; this version reads {FORMAT}. Update robopolicy")
+        raise CheckpointError(
+            f"checkpoint '{where}' has format {document.get('format')!r}; this version reads {FORMAT}. Update robopolicy"
+        )
     try:
         config = parse(PolicyConfig, document["config"], where=f"checkpoint '{where}'")
         observations = {name: Feature.from_json(name, value) for name, value in document["observations"].items()}

@@ -31,7 +31,13 @@ def _constant() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"git": _git(), "versions": versions, "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+    return {
+        "git": _git(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
 
 
 def _git() -> str | None:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -43,7 +43,7 @@ class Task(gymnasium.Env[Observation, np.ndarray]):
     action_feature: Feature
     rate: float  # control steps per second [Hz]
     max_episode_steps: int  # ``truncated`` becomes True at this step
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
 
     def expert(self, rng: np.random.Generator, noise: float = 0.0) -> Expert:
         """A scripted expert for the episode just reset; ``noise`` scales exploration noise (0: none).

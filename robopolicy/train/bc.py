@@ -25,6 +25,7 @@ from tqdm import tqdm
 from robopolicy.data.windows import Windows
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
 from robopolicy.evaluate.run import SEEDS, Evaluation, evaluate
+from robopolicy.policy import Policy
 from robopolicy.provenance import provenance
 from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
 from robopolicy.train.ema import averaged
@@ -99,9 +100,13 @@ class Trainer:
         self.checkpoints = CheckpointFolder(out / "checkpoints")
         done = self.checkpoints.steps()
         if done and not resume:
-            raise ConfigError(f"'{out}' already holds a run (step {done[-1]}); continue it with --resume {out}, or choose another --out")
+            raise ConfigError(
+                f"'{out}' already holds a run (step {done[-1]}); continue with --resume {out} or choose another --out"
+            )
         if resume and not done:
-            raise CheckpointError(f"'{out}' holds no checkpoint to resume from; start it with robopolicy train CONFIG --out {out}")
+            raise CheckpointError(
+                f"'{out}' holds no checkpoint to resume from; start it with robopolicy train CONFIG --out {out}"
+            )
         self.device = pick_device(self.config.device)
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.threads)
@@ -129,6 +134,13 @@ class Trainer:
         self.last_evaluation: Evaluation | None = None
         if resume:
             self._restore(self.checkpoints.path(done[-1]))
+
+    @property
+    def averaged_policy(self) -> Policy:
+        """The policy with averaged weights, in evaluation mode: what is evaluated and saved."""
+        policy = self.ema.module
+        assert isinstance(policy, Policy)
+        return policy.eval()
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 
@@ -201,8 +213,8 @@ class Trainer:
     def _finite(self, loss: Tensor, norm: Tensor) -> float:
         if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise RobopolicyError(
-                f"training diverged at step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; lower train.lr or raise "
-                f"train.warmup_steps, check the data with `robopolicy data check {self.experiment.data.path}`. Checkpoints are intact"
+                f"training diverged at step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; lower train.lr or "
+                f"raise train.warmup_steps; look at `robopolicy data check {self.experiment.data.path}`. Checkpoints are intact"
             )
         return float(loss)
 
@@ -213,7 +225,7 @@ class Trainer:
         total = 0.0
         with torch.no_grad(), self._autocast():
             for part in np.array_split(indices, max(1, len(indices) // self.batch_size)):
-                total += float(self.ema.module.loss(to_tensors(windows.batch(part), self.device), generator)) * len(part)
+                total += float(self.averaged_policy.loss(to_tensors(windows.batch(part), self.device), generator)) * len(part)
         return total / len(indices)
 
     def _evaluate(self) -> dict[str, float]:
@@ -221,7 +233,12 @@ class Trainer:
         config = self.experiment.eval
         seeds = range(SEEDS["validation"], SEEDS["validation"] + config.episodes)
         result = evaluate(
-            self.ema.module.eval(), self.experiment.task.spec, seeds, num_envs=config.num_envs, num_workers=config.num_workers, progress=False
+            self.averaged_policy,
+            self.experiment.task.spec,
+            seeds,
+            num_envs=config.num_envs,
+            num_workers=config.num_workers,
+            progress=False,
         )
         self.last_evaluation = result
         success, score = result.success.mean, result.max_reward.mean
@@ -230,7 +247,15 @@ class Trainer:
 
     def _progress(self) -> tqdm[Any]:
         interval = 0.2 if sys.stderr.isatty() else 15.0  # logs keep every refresh as a line
-        return tqdm(total=self.config.steps, initial=self.step, desc=self.experiment.name, unit="step", file=sys.stderr, smoothing=0.02, mininterval=interval)
+        return tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=self.experiment.name,
+            unit="step",
+            file=sys.stderr,
+            smoothing=0.02,
+            mininterval=interval,
+        )
 
     def _on_signal(self, number: int) -> None:
         if self.stop_signal is not None:
@@ -242,7 +267,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint of the present step and drop those that are neither recent nor among the best."""
-        policy = self.ema.module
+        policy = self.averaged_policy
         task = None if self.experiment.task is None else self.experiment.task.model_dump(mode="json")
         source = {
             **provenance(),
@@ -254,7 +279,11 @@ class Trainer:
         }
         state = {"format": TRAIN_FORMAT, "step": self.step, "best": self.best, "data": self._data_identity()}
         path = self.checkpoints.write(
-            self.step, {"train": (self.training_tensors(), state), "policy": (policy.state_dict(), {**policy.document(), "provenance": source})}
+            self.step,
+            {
+                "train": (self.training_tensors(), state),
+                "policy": (policy.state_dict(), {**policy.document(), "provenance": source}),
+            },
         )
         self.checkpoints.prune({step for _, step in self.best})
         return path
@@ -271,7 +300,9 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         tensors, state = read_tensors(folder / "train")
         if state.get("format") != TRAIN_FORMAT:
-            raise CheckpointError(f"checkpoint '{folder}' has training format {state.get('format')!r}; this version resumes {TRAIN_FORMAT}")
+            raise CheckpointError(
+                f"checkpoint '{folder}' has training format {state.get('format')!r}; this version resumes {TRAIN_FORMAT}"
+            )
         if state.get("data") != self._data_identity():
             raise CheckpointError(
                 f"checkpoint '{folder}' was trained on other data ({state.get('data')}, now {self._data_identity()}); "
@@ -291,7 +322,9 @@ class Trainer:
             self.best = [(float(score), int(step)) for score, step in state["best"]]
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"checkpoint '{folder}' does not fit config.yaml of its run ({reason}); do not edit it between") from error
+            raise CheckpointError(
+                f"checkpoint '{folder}' does not fit config.yaml of its run ({reason}); do not edit it between"
+            ) from error
 
     def _data_identity(self) -> dict[str, Any]:
         episodes = self.data.episodes
@@ -308,7 +341,7 @@ class Trainer:
 
 
 class Metrics:
-    """``metrics.jsonl`` (one object per line, read by the report) and TensorBoard events; rows after a resumed step are dropped."""
+    """``metrics.jsonl`` (an object per line, read by the report) and TensorBoard events; rows after a resumed step are dropped."""
 
     def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -345,6 +378,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def learning_curve(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a run for its report: metric name -> (step, value)."""
+    names = {
+        "train/loss": "training loss",
+        "val/loss": "validation loss",
+        "eval/success": "success",
+        "eval/max_reward": "max reward",
+    }
+    rows = read_metrics(out / "metrics.jsonl")
+    curves = {title: [(row["step"], row[key]) for row in rows if key in row] for key, title in names.items()}
+    return {title: points for title, points in curves.items() if points}
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -43,11 +43,15 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint '{path.parent}' has no {file.name}; name a folder that `robopolicy train` wrote") from error
+        raise CheckpointError(
+            f"checkpoint '{path.parent}' has no {file.name}; name a folder that `robopolicy train` wrote"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint file '{file}' is damaged ({error}); use an earlier checkpoint of the run") from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"checkpoint file '{file}' holds a {type(document).__name__}, not a mapping; use another checkpoint")
+        raise CheckpointError(
+            f"checkpoint file '{file}' holds a {type(document).__name__}, not a mapping; use another checkpoint"
+        )
     return document
 
 
@@ -64,7 +68,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"checkpoint file '{weights}' is no complete safetensors file ({error}); use an earlier checkpoint of the run"
         ) from error
     if document.get("sha256") != _digest(weights):
-        raise CheckpointError(f"checkpoint file '{weights}' differs from the digest in {path.name}.json; use an earlier checkpoint")
+        raise CheckpointError(
+            f"checkpoint file '{weights}' differs from the digest in {path.name}.json; use an earlier checkpoint"
+        )
     return tensors, document
 
 
@@ -110,7 +116,7 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"checkpoint of step {step} could not be written to '{self.folder}' ({error}); free some space. Earlier ones are intact"
+                f"checkpoint of step {step} could not be written to '{self.folder}' ({error}); free some space. Earlier ones stay"
             ) from error
         return final
 
@@ -129,7 +135,9 @@ def find_policy(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"checkpoint '{path}' does not exist; give a run folder of `robopolicy train` or one of its checkpoints")
+        raise CheckpointError(
+            f"checkpoint '{path}' does not exist; give a run folder of `robopolicy train` or one of its checkpoints"
+        )
     if (path / "policy.json").exists():
         return path
     for folder in (CheckpointFolder(path / "checkpoints"), CheckpointFolder(path)):

@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.train.experiment import Experiment, default_output
 
     if (args.config is None) == (args.resume is None):
-        raise ConfigError("give either a config (robopolicy train configs/lift_flow.yaml) or a run to continue (--resume outputs/lift_flow)")
+        raise ConfigError(
+            "give either a config (robopolicy train configs/lift_flow.yaml) or a run to continue (--resume outputs/lift_flow)"
+        )
     if args.resume is not None:
         if args.overrides or args.out:
             raise ConfigError("a resumed run keeps its config and folder; start a new run to change them")

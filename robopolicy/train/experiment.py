@@ -108,7 +108,9 @@ def open_data(experiment: Experiment) -> TrainingData:
     episodes = Episodes.open(data.path, features=data.features)
     for name in (*data.observations, data.action):
         if name not in episodes.features:
-            raise ConfigError(f"data.observations/action: '{data.path}' has no feature '{name}'; {nearest(name, episodes.features)}")
+            raise ConfigError(
+                f"data.observations/action: '{data.path}' has no feature '{name}'; {nearest(name, episodes.features)}"
+            )
     count = len(episodes) if data.max_episodes is None else min(data.max_episodes, len(episodes))
     train_ids, val_ids = split_episodes(count, data.val_fraction, experiment.seed)
 
