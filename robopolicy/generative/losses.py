@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robopolicy.config import Config
+from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Denoiser
 from robopolicy.generative.path import Kind, Path, broadcast_time
 from robopolicy.generative.sampler import randn
@@ -54,7 +55,9 @@ def draw_times(shape: tuple[int, ...], path: Path, config: LossConfig, generator
     kind = config.time or ("uniform" if path.num_steps is None else "table")
     if kind == "table":
         if path.num_steps is None:
-            raise ValueError(f"loss time 'table': path {type(path).__name__} has no table; use uniform, logit_normal or beta")
+            raise ConfigError(
+                f"loss: time 'table' on path {type(path).__name__}, which has no table; use uniform, logit_normal or beta"
+            )
         index = torch.randint(path.num_steps, shape, generator=generator, device=device)
         return (index + 1).double() / path.num_steps
     if kind == "beta":

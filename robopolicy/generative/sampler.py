@@ -130,7 +130,8 @@ def _step(path: Path, t: Time, u: Time, eta: float, x: Tensor) -> _Step:
     if isinstance(t, float) and isinstance(u, float):
         return _shared_step(path, t, u, eta)
     t, u = (torch.as_tensor(time, dtype=torch.float64, device=x.device) for time in (t, u))
-    return _Step(*(broadcast_time(value, x) for value in _step_numbers(path, t, u, eta)))
+    step = _Step(*(broadcast_time(value, x) for value in _step_numbers(path, t, u, eta)))
+    return step if eta else step._replace(std=0.0)  # the number 0 tells StepDist.sample to draw nothing
 
 
 @functools.lru_cache(maxsize=4096)
@@ -322,11 +323,11 @@ class Euler(Sampler):
 class Heun(Euler):
     """Heun's second order method on the probability flow ODE, two evaluations a step and one for the last.
 
-    The ODE is integrated in ``z = x / (alpha + sigma)`` over ``tau = sigma / (alpha + sigma)``, where it is ``dz/dtau = eps - x0``
-    on every path: ``tau`` is the time of the linear path, so on it this is Heun's method as usual, and nothing is infinite where
-    ``alpha`` or ``sigma`` is 0 (the noise level, in which Karras et al. integrate, is infinite at the start of the linear path).
-    Averaging the velocities of both ends and stepping with the pair they stand for is exactly Heun's step. The last step is
-    Euler's: networks are not trained at ``t = 0``.
+    The ODE is integrated in ``z = x / (alpha + sigma)`` over ``tau = sigma / (alpha + sigma)``, where it is
+    ``dz/dtau = eps - x0`` on every path. ``tau`` is the time of the linear path, so there this is Heun's method as usual, and
+    nothing is infinite where ``alpha`` or ``sigma`` is 0. (The noise level, over which Karras et al. integrate, is infinite at
+    the start of the linear path.) Averaging the velocities of both ends and stepping with the pair that the average stands for is
+    exactly Heun's step. The last step is Euler's: networks are not trained at ``t = 0``.
     """
 
     def _evaluations(self, num_steps: int) -> int:
@@ -335,10 +336,14 @@ class Heun(Euler):
     def _sharpen(
         self, see: Callable[[Tensor, Time], Pred], path: Path, x: Tensor, t: Time, u: Time, seen: Pred, last: _Seen | None
     ) -> Pred:
-        if isinstance(u, float) and u == 0:
+        last_step = u == 0 if isinstance(u, float) else not u.any()
+        if last_step:
             return seen
         ahead = see(step_dist(path, seen, x, t, u).mean, u)
-        velocity = 0.5 * (seen.eps - seen.x0 + ahead.eps - ahead.x0)
+        now, then = seen.eps - seen.x0, ahead.eps - ahead.x0
+        velocity = 0.5 * (now + then)
+        if isinstance(u, Tensor):
+            velocity = torch.where(broadcast_time(u, x) > 0, velocity, now)
         return path.predict(x, torch.as_tensor(t, dtype=torch.float64, device=x.device), velocity, "flow")
 
 
