@@ -1,12 +1,13 @@
 """``ActionTransform``: how a chunk of actions is represented for the network.
 
-``absolute`` as recorded; ``relative`` to the current reference observation; ``delta`` from one row to the next, the first row from
-the reference. Poses are treated as rigid transforms, not as numbers: relative means ``T_ref^-1 T_action``, so "forward" is the
-same to the network wherever the hand points, and the network always sees rotations as rot6d, which has no jumps.
+``absolute`` as recorded; ``relative`` to the current reference observation; ``delta`` from one row to the next, the first row
+from the reference. Poses are treated as rigid transforms, not as numbers: relative means ``T_ref^-1 T_action``, so "forward" is
+the same to the network wherever the hand points, and the network always sees rotations as rot6d, which has no jumps.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, Self
 
@@ -66,9 +67,11 @@ class ActionConfig(Config):
         if self.type != "absolute" and not self.poses and not self.reference:
             raise ValueError(f"type '{self.type}' needs 'reference': the observations that the action is relative to")
         if self.type != "absolute" and any(not pose.reference for pose in self.poses):
-            raise ValueError(f"type '{self.type}' needs a 'reference' for every pose: the observations that hold the current pose")
+            raise ValueError(
+                f"type '{self.type}' needs a 'reference' for every pose: the observations that hold the current pose"
+            )
         ordered = sorted(self.poses, key=lambda pose: pose.start)
-        if any(a.stop > b.start for a, b in zip(ordered, ordered[1:], strict=False)):
+        if any(a.stop > b.start for a, b in itertools.pairwise(ordered)):
             raise ValueError("poses overlap; correct their 'start'")
         return self
 

@@ -30,8 +30,8 @@ def frames(episodes: Episodes, name: str, cache_dir: str | Path | None = None) -
     Args:
         episodes: The store.
         name: The feature.
-        cache_dir: Where to keep the file. Default: ``<store>.frames`` beside the store, or the user's cache directory when that is
-            not writable.
+        cache_dir: Where to keep the file. Default: ``<store>.frames`` beside the store, or the user's cache directory when
+            that is not writable.
 
     Raises:
         DataError: The disk is too full, or the store cannot be decoded.
@@ -64,7 +64,9 @@ def _folder(store: Path, cache_dir: str | Path | None) -> Path:
 def _fingerprints(episodes: Episodes, name: str) -> tuple[str, str]:
     """Digests of how the feature is read, and of the files it is read from (names, sizes, and CRCs or times of change)."""
     mapped = episodes.mapped[name]
-    recipe = hashlib.blake2b(repr((mapped.key, mapped.columns, mapped.feature.shape, mapped.feature.dtype)).encode(), digest_size=4)
+    recipe = hashlib.blake2b(
+        repr((mapped.key, mapped.columns, mapped.feature.shape, mapped.feature.dtype)).encode(), digest_size=4
+    )
     content = hashlib.blake2b(episodes.ends.tobytes(), digest_size=8)
     files = open_files(episodes.path)
     for entry in sorted([*files.walk(f"data/{mapped.key}"), *files.walk(ENDS)]):
@@ -86,8 +88,8 @@ def _build(episodes: Episodes, name: str, path: Path) -> None:
         needed, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(path.parent).free
         if needed + _SPARE > free:
             raise DataError(
-                f"decoding '{name}' of '{episodes.path}' needs {needed / 1e9:.1f} GB in '{path.parent}', which has {free / 1e9:.1f} GB free; "
-                "free some space or set data.cache_dir to another disk"
+                f"decoding '{name}' of '{episodes.path}' needs {needed / 1e9:.1f} GB in '{path.parent}', which has "
+                f"{free / 1e9:.1f} GB free; free some space or set data.cache_dir to another disk"
             )
         try:
             with temporary.open("wb") as file, tqdm(total=shape[0], desc=f"decode {name}", unit="step", leave=False) as bar:

@@ -6,6 +6,7 @@ declared features in the root attributes. :mod:`robopolicy.data.store` explains 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import zarr
-from numcodecs import Blosc
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from robopolicy.data.ends import check_ends, read_ends
 from robopolicy.data.layout import ENDS, REPAIR, ROOT_KEY, SCHEMA, Layout, missing_chunks, scan, stale_files
 from robopolicy.data.sources import FeatureSource, Mapped, infer_source, map_feature
-from robopolicy.data.store import CommitStore, WriteLock, building, check_absent, is_zip, open_files
+from robopolicy.data.store import CommitStore, WriteLock, building, check_absent, is_zip, open_files, write_file
 from robopolicy.errors import DataError, nearest
 from robopolicy.features import Feature
 
@@ -57,7 +58,9 @@ class Episodes:
             raise
 
     @classmethod
-    def open(cls, path: str | Path, mode: Literal["r", "a"] = "r", features: Mapping[str, FeatureSource] | None = None) -> Episodes:
+    def open(
+        cls, path: str | Path, mode: Literal["r", "a"] = "r", features: Mapping[str, FeatureSource] | None = None
+    ) -> Episodes:
         """Open a store to read, or (``mode="a"``) to append to.
 
         Args:
@@ -74,14 +77,23 @@ class Episodes:
             if features:
                 raise DataError(f"'{path}': appending goes to the stored arrays; open it for appending without data.features")
             if is_zip(path) or path.is_file():
-                raise DataError(f"'{path}' is a zip, which cannot be appended to safely; `robopolicy data unpack` it to a directory first")
+                raise DataError(
+                    f"'{path}' is a zip, which cannot be appended to safely; `robopolicy data unpack` it to a directory first"
+                )
             if not path.exists():
-                raise DataError(f"no dataset at '{path}'; make it with Episodes.create, or record one with `robopolicy data demos`")
+                raise DataError(
+                    f"no dataset at '{path}'; make it with Episodes.create, or record one with `robopolicy data demos`"
+                )
         return cls(path, mode, features)
 
     @classmethod
     def create(
-        cls, path: str | Path, features: Mapping[str, Feature], *, zarr_format: Literal[2, 3] = 3, attrs: Mapping[str, Any] | None = None
+        cls,
+        path: str | Path,
+        features: Mapping[str, Feature],
+        *,
+        zarr_format: Literal[2, 3] = 3,
+        attrs: Mapping[str, Any] | None = None,
     ) -> Episodes:
         """Make an empty store and open it for appending.
 
@@ -96,12 +108,16 @@ class Episodes:
         """
         path = Path(path)
         if is_zip(path):
-            raise DataError(f"'{path}': a zip cannot be recorded into safely; record to a directory, then `robopolicy data pack` it")
+            raise DataError(
+                f"'{path}': a zip cannot be recorded into safely; record to a directory, then `robopolicy data pack` it"
+            )
         if not features:
             raise DataError(f"'{path}': no features declared; declare at least an observation and an action")
         for name, feature in features.items():
             if name != feature.name or not name or "/" in name or name.startswith("."):
-                raise DataError(f"feature '{feature.name}' under the key '{name}': names must agree, without '/' or a leading dot")
+                raise DataError(
+                    f"feature '{feature.name}' under the key '{name}': names must agree, without '/' or a leading dot"
+                )
         check_absent(path)
         with building(path) as temporary:
             root = zarr.open_group(LocalStore(temporary), mode="w", zarr_format=zarr_format)
@@ -130,7 +146,9 @@ class Episodes:
             else:
                 self._mapped[name] = Mapped(layout.features[name], name)
                 if missing := missing_chunks(self._files, info):
-                    raise DataError(f"'{self.path}': {info.path}: chunk '{missing[0]}' is missing ({len(missing)} in all); {REPAIR}")
+                    raise DataError(
+                        f"'{self.path}': {info.path}: chunk '{missing[0]}' is missing ({len(missing)} in all); {REPAIR}"
+                    )
         for name, source in (sources or {}).items():
             self._mapped[name] = map_feature(name, source, usable, layout.features or {})
         self.features: dict[str, Feature] = {name: mapped.feature for name, mapped in self._mapped.items()}
@@ -146,6 +164,7 @@ class Episodes:
 
     def _cut_tails(self, layout: Layout) -> None:
         """Remove what killed writers left beyond the last committed episode."""
+        self._drop_consolidated()
         for array in self._arrays.values():
             if array.shape[0] > self.num_steps:
                 array.resize((self.num_steps, *array.shape[1:]))
@@ -153,6 +172,13 @@ class Episodes:
         for info in [*scan(self._files).arrays.values(), layout.ends]:
             for key in stale_files(self._files, info) if info else []:
                 (self.path / key).unlink(missing_ok=True)
+
+    def _drop_consolidated(self) -> None:
+        """Remove foreign copies of all metadata in one place, which an append would leave stale."""
+        (self.path / ".zmetadata").unlink(missing_ok=True)
+        root = self.path / "zarr.json"
+        if root.exists() and "consolidated_metadata" in (value := json.loads(root.read_bytes())):
+            write_file(root, json.dumps({k: v for k, v in value.items() if k != "consolidated_metadata"}).encode())
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -173,7 +199,11 @@ class Episodes:
         return self._mapped
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Steps ``start:stop`` of one feature, ``[stop - start, *shape]``. Raises DataError for an unknown name, range or a damaged chunk."""
+        """Steps ``start:stop`` of one feature, ``[stop - start, *shape]``.
+
+        Raises:
+            DataError: The name or range is not in the store, or a chunk is damaged.
+        """
         if name not in self._mapped:
             raise DataError(f"'{self.path}' has no feature '{name}'; {nearest(name, self._mapped)}")
         if not 0 <= start <= stop <= self.num_steps:
@@ -203,7 +233,9 @@ class Episodes:
         except MemoryError:
             raise
         except Exception as error:  # a codec may raise anything on damaged bytes
-            raise DataError(f"'{self.path}': data/{key}: steps {start}:{stop} cannot be decoded ({error}); {REPAIR}, it keeps the rest") from error
+            raise DataError(
+                f"'{self.path}': data/{key}: steps {start}:{stop} cannot be decoded ({error}); {REPAIR}, it keeps the rest"
+            ) from error
 
     def append(self, episode: Mapping[str, np.ndarray]) -> int:
         """Add one episode, all of it or nothing, and return its index.
@@ -212,8 +244,8 @@ class Episodes:
             episode: Every feature as ``[T, *shape]``, in its declared dtype or one that casts to it without loss of kind.
 
         Raises:
-            DataError: A feature is missing, unknown, of the wrong shape, length or dtype, not finite; or the disk is full. The store
-                keeps all earlier episodes.
+            DataError: A feature is missing, unknown, of the wrong shape, length or dtype, not finite; or the disk is full. The
+                store keeps all earlier episodes.
         """
         if self._uncommitted:
             raise DataError(f"'{self.path}': an EpisodeWriter has an episode in progress; commit or discard it before append()")
@@ -262,13 +294,13 @@ class Episodes:
         self._ends_array = self._open_array(ENDS)
         self._uncommitted = 0
 
-    def set_attrs(self, attrs: Mapping[str, Any]) -> None:
-        """Replace the provenance; it reaches the disk at once, or with the next commit when an episode is in progress."""
+    def set_attrs(self, attrs: Mapping[str, Any], *, publish: bool = True) -> None:
+        """Replace the provenance (JSON values); ``publish=False`` leaves it to reach the disk with the next commit."""
         self._check_writable()
         root = zarr.open_group(self._store, mode="r+", zarr_format=self.zarr_format, use_consolidated=False)
         root.attrs.update({ROOT_KEY: _root_attributes(self.features, attrs)})
         self.attrs = dict(attrs)
-        if not self._uncommitted:
+        if publish and not self._uncommitted:
             self._publish()
 
     def _publish(self) -> None:
@@ -280,7 +312,9 @@ class Episodes:
             raise DataError(f"'{self.path}' was opened to read; open it with mode='a' to append")
 
     def _write_error(self, error: OSError) -> DataError:
-        return DataError(f"'{self.path}': cannot write ({error}); the {len(self)} committed episodes are intact, free some space and go on")
+        return DataError(
+            f"'{self.path}': cannot write ({error}); the {len(self)} committed episodes are intact, free some space and go on"
+        )
 
     def _checked(self, block: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if missing := set(self.features) - set(block):
@@ -290,7 +324,10 @@ class Episodes:
         values = {name: check_values(np.asarray(block[name]), feature) for name, feature in self.features.items()}
         lengths = {name: len(value) for name, value in values.items()}
         if len(set(lengths.values())) > 1:
-            raise DataError(f"episode has features of different lengths ({', '.join(f'{k} {v}' for k, v in lengths.items())}); record all at each step")
+            raise DataError(
+                f"episode has features of different lengths ({', '.join(f'{k} {v}' for k, v in lengths.items())}); "
+                "record all at each step"
+            )
         if 0 in lengths.values():
             raise DataError("episode has no steps; record at least one")
         return values
@@ -313,49 +350,21 @@ def check_values(value: np.ndarray, feature: Feature) -> np.ndarray:
     if value.ndim == 0 or value.shape[1:] != feature.shape:
         raise DataError(f"feature '{feature.name}': shape {value.shape}, expected (steps, {', '.join(map(str, feature.shape))})")
     dtype = np.dtype(feature.dtype)
-    if not np.can_cast(value.dtype, dtype, "same_kind"):
-        raise DataError(f"feature '{feature.name}': dtype {value.dtype} does not convert to {dtype} without loss; convert it where it is measured")
+    integers = value.dtype.kind in "iu" and dtype.kind in "iu"  # their range is checked below
+    if not integers and not np.can_cast(value.dtype, dtype, "same_kind"):
+        raise DataError(
+            f"feature '{feature.name}': dtype {value.dtype} does not convert to {dtype} without loss; "
+            "convert it where it is measured"
+        )
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise DataError(f"feature '{feature.name}': holds NaN or infinity; find out which sensor or command made it")
-    if value.dtype.kind in "iu" and dtype.kind in "iu" and value.size:
+    if integers and value.size:
         bounds = np.iinfo(dtype)
         if value.min() < bounds.min or value.max() > bounds.max:
-            raise DataError(f"feature '{feature.name}': values {value.min()}..{value.max()} do not fit {dtype}; declare a wider type")
+            raise DataError(
+                f"feature '{feature.name}': values {value.min()}..{value.max()} do not fit {dtype}; declare a wider type"
+            )
     return value.astype(dtype, copy=False)
-
-
-def read_ends(store: Any, layout: Layout) -> np.ndarray:
-    """Values of ``meta/episode_ends`` as the scanned metadata counts them; empty, with a problem noted, when unreadable."""
-    if layout.ends is None:
-        return np.zeros(0, np.int64)
-    try:
-        array = zarr.open_array(store, path=ENDS, mode="r", zarr_format=layout.zarr_format)
-        return np.asarray(array[: layout.ends.shape[0]]).astype(np.int64)
-    except MemoryError:
-        raise
-    except Exception as error:  # a codec may raise anything on damaged bytes
-        layout.error(ENDS, f"cannot be decoded ({error})", "restore it from a copy; without it nothing says where episodes end")
-        return np.zeros(0, np.int64)
-
-
-def check_ends(ends: np.ndarray, layout: Layout, named: set[str] | None = None) -> None:
-    """Note what is wrong with the ends, also against the lengths of the arrays (of those ``named``, when given)."""
-    steps = np.diff(ends, prepend=0)
-    if bad := np.flatnonzero(ends < 0).tolist():
-        layout.error(ENDS, f"entry {bad[0]} is negative ({ends[bad[0]]})", f"{REPAIR} to drop those episodes")
-    elif bad := np.flatnonzero(steps == 0).tolist():
-        layout.error(ENDS, f"episode {bad[0]} has no steps (ends at {ends[bad[0]]} like the one before)", f"{REPAIR} to drop it")
-    elif bad := np.flatnonzero(steps < 0).tolist():
-        layout.error(ENDS, f"entry {bad[0]} ({ends[bad[0]]}) is before the one preceding it ({ends[bad[0] - 1]})", f"{REPAIR} to drop those episodes")
-    last = int(ends.max()) if len(ends) else 0
-    for name, info in layout.arrays.items():
-        if named is not None and name not in named:
-            continue
-        if info.shape[0] < last:
-            layout.error(info.path, f"{info.shape[0]} steps, but episodes end at {last}", f"{REPAIR} to drop the episodes beyond")
-        elif info.shape[0] > last:
-            text = f"{info.shape[0] - last} steps beyond the last episode end ({last}); a writer was killed or forgot to end an episode"
-            layout.warning(info.path, text, "harmless; opening for append or `robopolicy data repair` removes them")
 
 
 def _root_attributes(features: Mapping[str, Feature], provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,8 +380,9 @@ def _chunk_rows(feature: Feature) -> int:
 def _create_array(root: Any, path: str, shape: tuple[int, ...], dtype: str, zarr_format: int, rows: int) -> None:
     arguments: dict[str, Any] = {"shape": (0, *shape), "chunks": (rows, *shape), "dtype": dtype, "fill_value": 0}
     if zarr_format == 2:
-        root.create_array(path, compressors=Blosc("zstd", clevel=5, shuffle=Blosc.BITSHUFFLE), **arguments)
+        blosc = {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 2, "blocksize": 0}  # 2: bit shuffle
+        root.create_array(path, compressors=blosc, **arguments)
         return
-    # The checksum notices bit rot, which Blosc does not; keys with dots keep a store flat instead of one folder per chunk and axis.
+    # The checksum notices bit rot, which Blosc does not; keys with dots spare a folder per chunk and axis.
     codecs = [BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
     root.create_array(path, compressors=codecs, chunk_key_encoding={"name": "default", "separator": "."}, **arguments)

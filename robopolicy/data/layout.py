@@ -19,6 +19,8 @@ from robopolicy.data.store import METADATA, TEMPORARY, Files
 from robopolicy.errors import DataError
 from robopolicy.features import Feature
 
+ZarrFormat = Literal[2, 3]
+
 SCHEMA = 1  # version of what we write under the attribute ROOT_KEY
 ROOT_KEY = "robopolicy"
 ENDS = "meta/episode_ends"
@@ -50,7 +52,7 @@ class ArrayInfo:
     """One array as its metadata declares it."""
 
     path: str
-    zarr_format: int
+    zarr_format: ZarrFormat
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -87,7 +89,7 @@ class ArrayInfo:
 class Layout:
     """What :func:`scan` found."""
 
-    zarr_format: int = 3
+    zarr_format: ZarrFormat = 3
     attributes: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, ArrayInfo] = field(default_factory=dict)  # of data/, by name
     ends: ArrayInfo | None = None
@@ -119,7 +121,11 @@ def scan(files: Files) -> Layout:
         root = _json(files, "zarr.json", layout)
         layout.attributes = _mapping(root.get("attributes", {}), "zarr.json attributes", layout)
         if root and root.get("node_type") != "group":
-            layout.error("zarr.json", f"the root is {root.get('node_type')!r}, not a group", "point to the folder that holds data/ and meta/")
+            layout.error(
+                "zarr.json",
+                f"the root is {root.get('node_type')!r}, not a group",
+                "point to the folder that holds data/ and meta/",
+            )
     elif ".zgroup" in top or ("data" in top and "meta" in top):
         layout.zarr_format = 2
         if ".zgroup" in top:
@@ -128,7 +134,10 @@ def scan(files: Files) -> Layout:
             layout.error(".zgroup", "absent, so other readers do not see a zarr group", REPAIR)
         layout.attributes = _json(files, ".zattrs", layout) if ".zattrs" in top else {}
     else:
-        raise DataError(f"'{files.path}' holds no zarr group (neither zarr.json nor .zgroup); expected a store with data/ and meta/episode_ends")
+        raise DataError(
+            f"'{files.path}' holds no zarr group (neither zarr.json nor .zgroup); "
+            "expected a store with data/ and meta/episode_ends"
+        )
     layout.ends = _ends(files, layout)  # before the data: a writer publishes it last, so what it names is there by then
     for name in files.children("data"):
         if name in METADATA or name.startswith("."):
@@ -137,7 +146,9 @@ def scan(files: Files) -> Layout:
         if info is not None:
             layout.arrays[name] = info
     if not layout.arrays and not layout.errors:
-        layout.error("data", "holds no arrays", "record at least an observation and an action, each as data/<name> with time on axis 0")
+        layout.error(
+            "data", "holds no arrays", "record at least an observation and an action, each as data/<name> with time on axis 0"
+        )
     _declared(layout)
     return layout
 
@@ -245,7 +256,9 @@ def _parse_v3(path: str, value: Mapping[str, Any]) -> ArrayInfo:
     for codec in value["codecs"]:
         codecs.append(codec["name"])
         if codec["name"] == "sharding_indexed":
-            codecs += [inner["name"] for inner in [*codec["configuration"]["codecs"], *codec["configuration"].get("index_codecs", [])]]
+            codecs += [
+                inner["name"] for inner in [*codec["configuration"]["codecs"], *codec["configuration"].get("index_codecs", [])]
+            ]
     encoding = value["chunk_key_encoding"]
     if encoding["name"] not in ("default", "v2"):
         raise _BadMetadata(f"chunk key encoding '{encoding['name']}' is unknown", "rewrite the store with the encoding 'default'")
@@ -267,7 +280,10 @@ def _dtype(raw: Any, codecs: list[str]) -> np.dtype[Any]:
     for codec in codecs:
         plain = codec.removeprefix("numcodecs.") if isinstance(codec, str) else ""
         if plain in _OBJECT_CODECS:
-            raise _BadMetadata(f"codec '{plain}' stores Python objects, which are never read", "rewrite the array as plain numbers, or drop it with `robopolicy data repair`")
+            raise _BadMetadata(
+                f"codec '{plain}' stores Python objects, which are never read",
+                "rewrite the array as plain numbers, or drop it with `robopolicy data repair`",
+            )
         if plain not in _PLAIN and not plain.startswith(_IMAGE_PREFIX):
             raise _BadMetadata(f"codec {codec!r} is unknown", "rewrite the array with Blosc, zstd or gzip compression")
     mend = "rewrite the array as plain numbers (float32, uint8, ...), or drop it with `robopolicy data repair`"
@@ -289,7 +305,9 @@ def _checked(info: ArrayInfo) -> ArrayInfo:
     if len(info.shape) != len(info.chunks):
         raise _BadMetadata(f"{len(info.chunks)} chunk lengths for {len(info.shape)} axes", RESTORE)
     if not info.shape:
-        raise _BadMetadata("a scalar; arrays need time on axis 0", "move it to the attributes, or drop it with `robopolicy data repair`")
+        raise _BadMetadata(
+            "a scalar; arrays need time on axis 0", "move it to the attributes, or drop it with `robopolicy data repair`"
+        )
     if 0 in info.shape[1:]:
         raise _BadMetadata(f"shape {info.shape} has an empty axis", "drop the array with `robopolicy data repair`")
     if math.prod(info.shape) * info.dtype.itemsize > _MAX_BYTES or math.prod(info.chunks) * info.dtype.itemsize > 2**33:
@@ -325,7 +343,11 @@ def _declared(layout: Layout) -> None:
     where = f"attribute '{ROOT_KEY}'"
     ours = _mapping(ours, where, layout)
     if ours.get("schema") != SCHEMA:
-        layout.error(where, f"schema version {ours.get('schema')!r}; this version reads {SCHEMA}", "update robopolicy, or restore the attributes")
+        layout.error(
+            where,
+            f"schema version {ours.get('schema')!r}; this version reads {SCHEMA}",
+            "update robopolicy, or restore the attributes",
+        )
         return
     layout.provenance = _mapping(ours.get("provenance", {}), f"{where} provenance", layout)
     layout.features = {}
@@ -339,10 +361,24 @@ def _declared(layout: Layout) -> None:
         info = layout.arrays.get(name)
         if info is None:
             if not any(p.where == f"data/{name}" for p in layout.errors):
-                layout.error(f"data/{name}", "declared as a feature but absent", "restore the array, or `robopolicy data repair` to drop the feature")
+                layout.error(
+                    f"data/{name}",
+                    "declared as a feature but absent",
+                    "restore the array, or `robopolicy data repair` to drop the feature",
+                )
         elif info.shape[1:] != feature.shape:
-            layout.error(info.path, f"shape per step {info.shape[1:]}, declared {feature.shape}", "correct the declaration, or `robopolicy data repair` to re-declare")
+            layout.error(
+                info.path,
+                f"shape per step {info.shape[1:]}, declared {feature.shape}",
+                "correct the declaration, or `robopolicy data repair` to re-declare",
+            )
         elif info.dtype != np.dtype(feature.dtype):
-            layout.error(info.path, f"dtype {info.dtype}, declared {feature.dtype}", "correct the declaration, or `robopolicy data repair` to re-declare")
+            layout.error(
+                info.path,
+                f"dtype {info.dtype}, declared {feature.dtype}",
+                "correct the declaration, or `robopolicy data repair` to re-declare",
+            )
     for name in sorted(set(layout.arrays) - set(layout.features)):
-        layout.warning(f"data/{name}", "not declared as a feature, so it is left out", "declare it in the root attributes or delete it")
+        layout.warning(
+            f"data/{name}", "not declared as a feature, so it is left out", "declare it in the root attributes or delete it"
+        )

@@ -99,7 +99,9 @@ class Normalizer(nn.Module):
         """Whether two normalisers are the same map, entry by entry, to a relative tolerance in units of the network's range."""
         if self.size != other.size:
             return False
-        close = torch.isclose(self.scale, other.scale, rtol=rtol, atol=0.0) & torch.isclose(self.offset, other.offset, rtol=rtol, atol=rtol)
+        close = torch.isclose(self.scale, other.scale, rtol=rtol, atol=0.0) & torch.isclose(
+            self.offset, other.offset, rtol=rtol, atol=rtol
+        )
         return bool(close.all())
 
     def extra_repr(self) -> str:
@@ -112,7 +114,9 @@ class Normalizer(nn.Module):
             axes += 1
         shape = x.shape[x.ndim - axes :]
         if math.prod(shape) != self.size:
-            raise DataError(f"normaliser for {self.size} entries got an array of shape {tuple(x.shape)}; its last axes must hold {self.size}")
+            raise DataError(
+                f"normaliser for {self.size} entries got an array of shape {tuple(x.shape)}; its last axes must hold {self.size}"
+            )
         return buffer.to(x.dtype).reshape(shape)
 
 
@@ -125,8 +129,11 @@ class Statistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self.minimum = self.maximum = self.mean = self._squares = np.zeros(0)
-        self._sample = np.zeros((0, 0))
+        self.minimum: np.ndarray = np.zeros(0)
+        self.maximum: np.ndarray = np.zeros(0)
+        self.mean: np.ndarray = np.zeros(0)
+        self._squares: np.ndarray = np.zeros(0)
+        self._sample: np.ndarray = np.zeros((0, 0))
         self._rng = np.random.default_rng(0)
 
     def update(self, rows: np.ndarray) -> None:

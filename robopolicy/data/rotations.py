@@ -1,8 +1,8 @@
 """Rotations and rigid transforms in torch: batched, float32 or float64, differentiable.
 
 Conventions: a matrix ``R [..., 3, 3]`` maps body coordinates to the parent frame (columns are the body axes); quaternions are
-``[x, y, z, w]`` with unit norm; a rotation vector is axis times angle [rad]; ``rot6d [..., 6]`` is the first two COLUMNS of ``R``,
-one after the other (Zhou et al., "On the Continuity of Rotation Representations in Neural Networks", 2019).
+``[x, y, z, w]`` with unit norm; a rotation vector is axis times angle [rad]; ``rot6d [..., 6]`` is the first two COLUMNS of
+``R``, one after the other (Zhou et al., "On the Continuity of Rotation Representations in Neural Networks", 2019).
 """
 
 from __future__ import annotations
@@ -69,10 +69,18 @@ def quat_from_matrix(matrix: Tensor) -> Tensor:
     # Row k is 4 q_k q for each of x, y, z, w.
     candidates = torch.stack(
         [
-            torch.stack([1 + xx - yy - zz, m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 2, 1] - m[..., 1, 2]], -1),
-            torch.stack([m[..., 0, 1] + m[..., 1, 0], 1 - xx + yy - zz, m[..., 1, 2] + m[..., 2, 1], m[..., 0, 2] - m[..., 2, 0]], -1),
-            torch.stack([m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1], 1 - xx - yy + zz, m[..., 1, 0] - m[..., 0, 1]], -1),
-            torch.stack([m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1], 1 + xx + yy + zz], -1),
+            torch.stack(
+                [1 + xx - yy - zz, m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 2, 1] - m[..., 1, 2]], -1
+            ),
+            torch.stack(
+                [m[..., 0, 1] + m[..., 1, 0], 1 - xx + yy - zz, m[..., 1, 2] + m[..., 2, 1], m[..., 0, 2] - m[..., 2, 0]], -1
+            ),
+            torch.stack(
+                [m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1], 1 - xx - yy + zz, m[..., 1, 0] - m[..., 0, 1]], -1
+            ),
+            torch.stack(
+                [m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1], 1 + xx + yy + zz], -1
+            ),
         ],
         dim=-2,
     )
@@ -121,7 +129,9 @@ def from_matrix(matrix: Tensor, representation: Representation) -> Tensor:
 
 def _check(representation: str) -> None:
     if representation not in SIZES:
-        raise DataError(f"rotation representation '{representation}' is unknown; {nearest(representation, get_args(Representation))}")
+        raise DataError(
+            f"rotation representation '{representation}' is unknown; {nearest(representation, get_args(Representation))}"
+        )
 
 
 class SE3(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -72,17 +73,18 @@ class Mapped:
             self._check_integers(values, np.iinfo("uint8"), most=1)
         return values.astype(dtype)
 
-    def _check_integers(self, values: np.ndarray, info: np.iinfo, most: int | None = None) -> None:  # type: ignore[type-arg]
+    def _check_integers(self, values: np.ndarray, info: np.iinfo[Any], most: int | None = None) -> None:
         top = info.max if most is None else most
         if not len(values):
             return
         low, high = values.min(), values.max()  # NaN propagates and fails both comparisons
         whole = values.dtype.kind in "iub" or bool((values == np.rint(values)).all())
         if not (whole and low >= info.min and high <= top):
-            scale = "; values in 0..1 look like a scaled image, multiply by 255 first" if 0 <= low and high <= 1 else ""
+            scaled = low >= 0 and high <= 1
+            mend = "0..1 looks like a scaled image, multiply by 255 first" if scaled else "set another dtype in data.features"
             raise DataError(
-                f"feature '{self.feature.name}' (data/{self.key}): values {low}..{high} are not all integers in {info.min}..{top}, "
-                f"so {values.dtype} does not convert to {self.feature.dtype}{scale or '; set another dtype in data.features'}"
+                f"feature '{self.feature.name}' (data/{self.key}): values {low}..{high} are not all integers "
+                f"in {info.min}..{top}, so {values.dtype} does not convert to {self.feature.dtype}; {mend}"
             )
 
 
@@ -95,11 +97,17 @@ def map_feature(name: str, source: FeatureSource, arrays: Mapping[str, ArrayInfo
     shape = info.shape[1:]
     if source.columns is not None:
         if not shape or source.columns[1] > shape[-1]:
-            raise DataError(f"data.features.{name}: columns {list(source.columns)} of data/{key}, which has {shape[-1] if shape else 'no'} columns; correct the range")
+            raise DataError(
+                f"data.features.{name}: columns {list(source.columns)} of data/{key}, which has "
+                f"{shape[-1] if shape else 'no'} columns; correct the range"
+            )
         shape = (*shape[:-1], source.columns[1] - source.columns[0])
     if source.shape is not None:
         if math.prod(source.shape) != math.prod(shape):
-            raise DataError(f"data.features.{name}: data/{key} has shape {shape} per step, which does not reshape to {source.shape}; correct the shape")
+            raise DataError(
+                f"data.features.{name}: data/{key} has shape {shape} per step, which does not reshape to {source.shape}; "
+                "correct the shape"
+            )
         shape = source.shape
     same = declared.get(key) if source.columns is None and source.shape is None else None
     feature = Feature(

@@ -98,16 +98,24 @@ class CommitStore(WrapperStore[LocalStore]):
 
     def publish(self, last: str) -> None:
         """Write the metadata held back, that under the prefix ``last`` at the very end. Raises OSError (full disk)."""
-        for directory in self._touched:
-            sync_directory(directory)
-        self._touched.clear()
-        commit = [key for key in self._pending if key.startswith(last)]
-        for key in [key for key in self._pending if key not in commit] + commit:
-            self._write(key, self._pending[key])
-        for directory in self._touched:
-            sync_directory(directory)
-        self._touched.clear()
+        self._sync()
+        for key in [key for key in self._pending if not key.startswith(last)]:
+            self._replace(key)
+        self._sync()
+        for key in [key for key in self._pending if key.startswith(last)]:
+            self._replace(key)
+        self._sync()
         self._pending.clear()
+
+    def _replace(self, key: str) -> None:
+        path = self._store.root / key
+        if not path.exists() or path.read_bytes() != self._pending[key]:  # zarr hands over what it did not change, too
+            self._write(key, self._pending[key])
+
+    def _sync(self) -> None:
+        for directory in self._touched:
+            sync_directory(directory)
+        self._touched.clear()
 
     def forget(self) -> None:
         """Drop the metadata held back: the published shapes hold again."""
@@ -146,7 +154,9 @@ class DirectoryFiles:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise DataError(f"{self.path}: file '{key}' cannot be read ({error}); mend its permissions or restore a copy") from error
+            raise DataError(
+                f"{self.path}: file '{key}' cannot be read ({error}); mend its permissions or restore a copy"
+            ) from error
 
     def children(self, prefix: str) -> list[str]:
         folder = self.path / prefix
@@ -177,7 +187,9 @@ class ZipFiles:
         for name in self._entries:
             parts = PurePosixPath(name.replace("\\", "/"))
             if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-                raise DataError(f"{path}: zip entry '{name}' leads outside the archive; do not use this file, ask its author for a clean one")
+                raise DataError(
+                    f"{path}: zip entry '{name}' leads outside the archive; do not use this file, ask its author for a clean one"
+                )
 
     def read(self, key: str) -> bytes | None:
         if key not in self._entries:
@@ -185,7 +197,9 @@ class ZipFiles:
         try:
             return self._zip.read(key)
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{self.path}: zip entry '{key}' is damaged ({error}); copy the archive again or run `robopolicy data repair`") from error
+            raise DataError(
+                f"{self.path}: zip entry '{key}' is damaged ({error}); copy the archive again or run `robopolicy data repair`"
+            ) from error
 
     def children(self, prefix: str) -> list[str]:
         depth = len(PurePosixPath(prefix).parts) if prefix else 0
@@ -221,7 +235,9 @@ class WriteLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise DataError(f"'{path}' is being written by another process; wait for it to finish, or record to another path") from error
+            raise DataError(
+                f"'{path}' is being written by another process; wait for it to finish, or record to another path"
+            ) from error
 
         self._close = weakref.finalize(self, os.close, descriptor)
 

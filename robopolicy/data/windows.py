@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -41,9 +41,9 @@ class Pool:
         self._lock = threading.Lock()
         probe = [np.empty(0)]
         self._free_count = sys.getrefcount(probe[0])  # references to a buffer that only a list holds, as counted below
-        self._buffers: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}  # type: ignore[type-arg]
+        self._buffers: dict[tuple[tuple[int, ...], np.dtype[Any]], list[np.ndarray]] = {}
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:  # type: ignore[type-arg]
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         with self._lock:
             buffers = self._buffers.setdefault((shape, dtype), [])
             for index in range(len(buffers)):
@@ -64,9 +64,9 @@ def window_table(ends: np.ndarray, n_obs_steps: int, horizon: int, n_action_step
         episode_ids: Episodes to cut, int64.
 
     Returns:
-        int64 ``[W, 3]``: first step of the window (it may lie before its episode), and first and past-the-end step of the episode.
+        int64 ``[W, 3]``: first step of the window (it may lie before its episode), first and past-the-end step of the episode.
     """
-    rows = [np.zeros((0, 3), np.int64)]
+    rows: list[np.ndarray] = [np.zeros((0, 3), np.int64)]
     for episode in episode_ids.tolist():
         low, high = int(ends[episode - 1]) if episode else 0, int(ends[episode])
         first = np.arange(low - (n_obs_steps - 1), high - horizon + n_action_steps, dtype=np.int64)
@@ -75,7 +75,7 @@ def window_table(ends: np.ndarray, n_obs_steps: int, horizon: int, n_action_step
 
 
 def split_episodes(n: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Episode numbers for training and validation, disjoint, sorted; at least one each when ``val_fraction`` > 0 and ``n`` > 1."""
+    """Episode numbers for training and validation, disjoint, sorted; at least one each if ``val_fraction > 0`` and ``n > 1``."""
     count = 0 if val_fraction <= 0 or n < 2 else min(max(1, round(n * val_fraction)), n - 1)
     chosen = np.random.default_rng(seed).permutation(n)[:count]
     is_val = np.zeros(n, bool)
@@ -111,13 +111,14 @@ class Windows:
     ) -> None:
         if min(n_obs_steps, n_action_steps) < 1 or n_obs_steps - 1 + n_action_steps > horizon:
             raise DataError(
-                f"windows: n_obs_steps {n_obs_steps} - 1 + n_action_steps {n_action_steps} must fit into horizon {horizon}, all at least 1"
+                f"windows: n_obs_steps {n_obs_steps} - 1 + n_action_steps {n_action_steps} must fit into horizon {horizon}, "
+                "all at least 1"
             )
         for name in (*obs, action):
             if name not in episodes.features:
                 raise DataError(f"'{episodes.path}' has no feature '{name}'; {nearest(name, episodes.features)}")
         ids = np.arange(len(episodes)) if episode_ids is None else np.asarray(episode_ids, np.int64)
-        if len(ids) and not (0 <= ids.min() and ids.max() < len(episodes)):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(episodes)):
             raise DataError(f"windows: episode {ids.max()} or {ids.min()} is outside 0:{len(episodes)} of '{episodes.path}'")
         self.episodes, self.obs, self.action = episodes, tuple(obs), action
         self.n_obs_steps, self.horizon, self.n_action_steps = n_obs_steps, horizon, n_action_steps
@@ -125,7 +126,8 @@ class Windows:
         self.table = window_table(episodes.ends, n_obs_steps, horizon, n_action_steps, ids)
         if not len(self.table):
             raise DataError(
-                f"'{episodes.path}': none of its {len(ids)} episodes is long enough for horizon {horizon}; shorten the horizon or record more"
+                f"'{episodes.path}': none of its {len(ids)} episodes is long enough for horizon {horizon}; "
+                "shorten the horizon or record more"
             )
         self._arrays = {name: _load(episodes, name, cache_dir) for name in dict.fromkeys((*self.obs, action))}
         if self._arrays[action].dtype != np.float32:
@@ -170,7 +172,8 @@ def _load(episodes: Episodes, name: str, cache_dir: str | Path | None) -> np.nda
         if block.dtype.kind == "f" and not np.isfinite(block).all():
             row = start + int(np.argmin(np.isfinite(block.reshape(len(block), -1)).all(axis=1)))
             raise DataError(
-                f"'{episodes.path}': feature '{name}' holds NaN or infinity at step {row}; run `robopolicy data repair` to drop that episode"
+                f"'{episodes.path}': feature '{name}' holds NaN or infinity at step {row}; "
+                "run `robopolicy data repair` to drop that episode"
             )
         values[start : start + len(block)] = block
         start += len(block)
