@@ -121,15 +121,15 @@ def stack_expert(task: Stack, rng: np.random.Generator, noise: float) -> GraspEx
         goal = task.read("large_pos") + [0.0, 0.0, stacked]
         to_go = goal - grasp.object
         aside = math.hypot(*to_go[:2])
-        if aside < 0.02 and to_go[2] > -0.003:  # it stands on it
-            return Goal(grasp.here + [0.0, 0.0, 0.02], grasp.yaw, False)
+        if aside < 0.02 and to_go[2] > -0.006:  # it touches, or as good as
+            return Goal(grasp.here, grasp.yaw, False)
         if not grasp.held:
             return grasp.approach(grasp.yaw)
         # Rise before going sideways, and be over the place before going down.
         high = clearance * ramp(aside, 0.006, 0.03)
         if to_go[2] + 0.5 * high > 0:
             to_go[:2] *= 0.1
-        return Goal(grasp.here + to_go + [0.0, 0.0, high], grasp.yaw, True)
+        return Goal(grasp.here + to_go + [0.0, 0.0, high - 0.01], grasp.yaw, True)  # a little too low: it is pressed on
 
     return GraspExpert(task, plan, rng, noise)
 
@@ -140,7 +140,7 @@ def can_expert(task: Can, rng: np.random.Generator, noise: float) -> GraspExpert
 
     def plan() -> Goal:
         grasp = Grasp(task, "can", 0.052, hover)
-        to_go = task.target - grasp.object
+        to_go = task.target - [0.04, 0.03, 0.0] - grasp.object  # the far end is out of the reach of a downward gripper
         aside = math.hypot(*to_go[:2])
         if aside < 0.03:
             return Goal(grasp.here, None, False)
