@@ -100,7 +100,7 @@ def histogram(values: np.ndarray, *, x_label: str, bins: int = 20) -> str:
 def intervals(rows: Sequence[tuple[str, Interval]], *, x_label: str, zero: bool = False) -> str:
     """One dot with its interval per row, on a common axis; ``zero`` draws a reference line at 0 (for differences)."""
     height = TOP + 34 * len(rows) + BOTTOM
-    label_width = 110
+    label_width = 24 + 7 * min(16, max(len(name) for name, _ in rows))
     low, high = min(i.low for _, i in rows), max(i.high for _, i in rows)
     margin = 0.06 * max(high - low, 1e-3)
     low, high = (min(low, 0.0) - margin, max(high, 0.0) + margin) if zero else (low - margin, high + margin)

@@ -268,7 +268,7 @@ def _two(comparison: Comparison) -> list[Section]:
             "Evidence over time",
             Markup(process),
             "The e-value is the capital of a gambler who bets against equality, starting from 1. It may be watched all along: "
-            f"between equally good policies it reaches {1 / comparison.alpha:g} with a probability of at most {comparison.alpha:g}, ever.",
+            f"between equally good policies it reaches {1 / comparison.alpha:g} with probability at most {comparison.alpha:g}.",
         ),
     ]
 

@@ -143,7 +143,8 @@ class Evaluation(Config):
 
     def restricted(self, seeds: Collection[int]) -> Evaluation:
         """The same with the episodes of ``seeds`` only."""
-        return Evaluation(**{**dict(self), "episodes": tuple(e for e in self.episodes if e.seed in seeds)})
+        fields = {name: getattr(self, name) for name in type(self).model_fields}  # model_copy would copy the cached summary too
+        return Evaluation(**{**fields, "episodes": tuple(e for e in self.episodes if e.seed in seeds)})
 
     def lines(self) -> list[str]:
         """The summary for a terminal."""

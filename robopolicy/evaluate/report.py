@@ -119,7 +119,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
         "noise seed": str(settings.noise_seed),
         "chunks": f"{settings.n_obs_steps} observations in, {settings.n_action_steps} actions executed",
         "sampler": ", ".join(f"{k}={v}" for k, v in sampler.items()) or "not recorded",
-        "network evaluations": str(settings.nfe or "not recorded") + " per chunk",
+        "network evaluations": f"{settings.nfe} per chunk" if settings.nfe else "not recorded",
         "environments": f"{settings.num_envs} together, {settings.num_workers or 'no'} worker processes",
         "took": f"{evaluation.seconds:.1f} s ({evaluation.seconds / len(evaluation.episodes):.2f} s per episode)",
         "machine": f"{settings.device}, {settings.threads} of {origin.get('cpus', '?')} threads, "
