@@ -169,7 +169,7 @@ def test_more_steps_than_the_table_is_the_users_error() -> None:
 def test_configurations_name_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="did you mean 'sigma_max'"):
         component("path", {"type": "edm", "sigma_mx": 1.0}, PATHS)
-    with pytest.raises(ConfigError, match="sigma_min 2.0 must be below sigma_max 1.0"):
+    with pytest.raises(ConfigError, match=r"sigma_min 2\.0 must be below sigma_max 1\.0"):
         component("path", {"type": "edm", "sigma_min": 2.0, "sigma_max": 1.0}, PATHS)
     for entry in PATHS:
         cls, config = component("path", entry, PATHS)

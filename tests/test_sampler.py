@@ -59,7 +59,7 @@ def toy_net(x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
 
 
 def reference_walk(scheduler: Any, x: Tensor, **step_arguments: Any) -> Tensor:
-    """Walk diffusers' scheduler with the toy network, on our table (test_path.py compares the tables) so that only rounding differs."""
+    """Walk diffusers' scheduler with the toy network, on our table (test_path.py compares the tables): only rounding differs."""
     scheduler.alphas_cumprod = VPCosine().alphas_cumprod
     for timestep in scheduler.timesteps:
         y = toy_net(x, timestep.double().expand(x.shape[0]), CTX)

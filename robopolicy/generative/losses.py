@@ -55,9 +55,7 @@ def draw_times(shape: tuple[int, ...], path: Path, config: LossConfig, generator
     kind = config.time or ("uniform" if path.num_steps is None else "table")
     if kind == "table":
         if path.num_steps is None:
-            raise ConfigError(
-                f"loss: time 'table' on path {type(path).__name__}, which has no table; use uniform, logit_normal or beta"
-            )
+            raise ConfigError(f"loss: time 'table' on path {type(path).__name__}, which has none; use uniform")
         index = torch.randint(path.num_steps, shape, generator=generator, device=device)
         return (index + 1).double() / path.num_steps
     if kind == "beta":
