@@ -122,6 +122,13 @@ def test_steps_equal_gym_pushts_to_the_bit() -> None:
     assert touched > 4
 
 
+def test_images_equal_gym_pushts_to_the_pixel() -> None:
+    task = PushT("image")
+    for seed in range(10):
+        image = task.reset(seed=seed)[0]["image"]
+        np.testing.assert_array_equal(image, task._world._render())
+
+
 def test_the_shape_is_gym_pushts() -> None:
     world = PushT()._world
     np.testing.assert_array_equal(CORNERS[:, :4], [[tuple(v) for v in shape.get_vertices()] for shape in world._block_shapes])
