@@ -15,6 +15,7 @@ Nothing of robosuite, nor MuJoCo, is imported before the first environment is ma
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -193,9 +194,18 @@ class Door(RobosuiteTask):
         door = env.object_body_ids["door"]
         return [
             (Feature("door_pos", (3,), unit="m", names=("x", "y", "z"), rate=RATE), lambda: data.body_xpos[door]),
-            (Feature("handle_pos", (3,), unit="m", names=("x", "y", "z"), rate=RATE), lambda: data.site_xpos[env.door_handle_site_id]),
-            (Feature("hinge_angle", (1,), unit="rad", rate=RATE), lambda: data.qpos[env.hinge_qpos_addr : env.hinge_qpos_addr + 1]),
-            (Feature("handle_angle", (1,), unit="rad", rate=RATE), lambda: data.qpos[env.handle_qpos_addr : env.handle_qpos_addr + 1]),
+            (
+                Feature("handle_pos", (3,), unit="m", names=("x", "y", "z"), rate=RATE),
+                lambda: data.site_xpos[env.door_handle_site_id],
+            ),
+            (
+                Feature("hinge_angle", (1,), unit="rad", rate=RATE),
+                lambda: data.qpos[env.hinge_qpos_addr : env.hinge_qpos_addr + 1],
+            ),
+            (
+                Feature("handle_angle", (1,), unit="rad", rate=RATE),
+                lambda: data.qpos[env.handle_qpos_addr : env.handle_qpos_addr + 1],
+            ),
         ]
 
 
@@ -231,13 +241,15 @@ def _make(name: str) -> Any:
     """A robosuite environment that neither draws nor prints."""
     # What robosuite has to say on import and at every construction concerns robots that are not used here. Errors come through.
     logging.getLogger("robosuite_logs").addFilter(_errors_only)
-    import sim.render  # first: it finds out which OpenGL library works and tells MuJoCo, before robosuite insists on EGL
-
+    # First: it finds out which OpenGL library works and tells MuJoCo, before robosuite insists on EGL.
+    importlib.import_module("sim.render")
     chosen = os.environ["MUJOCO_GL"]
     try:
         import robosuite
     except ImportError as error:
-        raise TaskError(f"robosuite's tasks need a package that is missing ({error}); pip install 'robopolicy[robosuite]'") from error
+        raise TaskError(
+            f"robosuite's tasks need a package that is missing ({error}); pip install 'robopolicy[robosuite]'"
+        ) from error
     finally:
         os.environ["MUJOCO_GL"] = chosen
     return robosuite.make(

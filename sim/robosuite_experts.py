@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NOISE_STD = np.array([0.012, 0.012, 0.008, 0.05, 0.05, 0.05])  # of the displacement, at noise = 1 [m, m, m, rad, rad, rad]
 NOISE_MEMORY = 0.9  # correlation from one control step to the next: half a second
+UP = np.array([0.0, 0.0, 1.0])
 FLUSH = 0.012  # distance within which the gripper is around an object [m]
 
 
@@ -36,7 +37,7 @@ class GraspExpert:
     def __init__(self, task: RobosuiteTask, plan: Callable[[], Goal], rng: np.random.Generator, noise: float) -> None:
         self._task, self._plan, self._rng = task, plan, rng
         self._std = noise * NOISE_STD
-        self._offset = np.zeros(6)
+        self._offset: np.ndarray = np.zeros(6)
         self._pace = rng.uniform(0.6, 1.0)
 
     def act(self) -> np.ndarray:
@@ -95,7 +96,7 @@ class Grasp:
     def approach(self, yaw: float | None) -> Goal:
         """Over the object, down along a funnel, and close when around it."""
         height = self._hover * ramp(self._aside, 0.01, 0.05)
-        return Goal(self.object + [0.0, 0.0, height], yaw, self._around)
+        return Goal(self.object + height * UP, yaw, self._around)
 
 
 def lift_expert(task: Lift, rng: np.random.Generator, noise: float) -> GraspExpert:
@@ -105,7 +106,7 @@ def lift_expert(task: Lift, rng: np.random.Generator, noise: float) -> GraspExpe
     def plan() -> Goal:
         grasp = Grasp(task, "cube", 0.044, hover)
         if grasp.held:
-            return Goal(grasp.here + [0.0, 0.0, top], grasp.yaw, True)
+            return Goal(grasp.here + top * UP, grasp.yaw, True)
         return grasp.approach(grasp.yaw)
 
     return GraspExpert(task, plan, rng, noise)
@@ -118,7 +119,7 @@ def stack_expert(task: Stack, rng: np.random.Generator, noise: float) -> GraspEx
 
     def plan() -> Goal:
         grasp = Grasp(task, "small", 0.04, hover)
-        goal = task.read("large_pos") + [0.0, 0.0, stacked]
+        goal = task.read("large_pos") + stacked * UP
         to_go = goal - grasp.object
         aside = math.hypot(*to_go[:2])
         if aside < 0.02 and to_go[2] > -0.006:  # it touches, or as good as
@@ -129,9 +130,13 @@ def stack_expert(task: Stack, rng: np.random.Generator, noise: float) -> GraspEx
         high = clearance * ramp(aside, 0.006, 0.03)
         if to_go[2] + 0.5 * high > 0:
             to_go[:2] *= 0.1
-        return Goal(grasp.here + to_go + [0.0, 0.0, high - 0.01], grasp.yaw, True)  # a little too low: it is pressed on
+        return Goal(grasp.here + to_go + (high - 0.01) * UP, grasp.yaw, True)  # a little too low: it is pressed on
 
     return GraspExpert(task, plan, rng, noise)
+
+
+# From the middle of the can's compartment towards the arm [m]: a downward gripper does not reach its far end.
+NEAR = np.array([0.04, 0.03, 0.0])
 
 
 def can_expert(task: Can, rng: np.random.Generator, noise: float) -> GraspExpert:
@@ -140,15 +145,15 @@ def can_expert(task: Can, rng: np.random.Generator, noise: float) -> GraspExpert
 
     def plan() -> Goal:
         grasp = Grasp(task, "can", 0.052, hover)
-        to_go = task.target - [0.04, 0.03, 0.0] - grasp.object  # the far end is out of the reach of a downward gripper
+        to_go = task.target - NEAR - grasp.object
         aside = math.hypot(*to_go[:2])
         if aside < 0.03:
             return Goal(grasp.here, None, False)
         if not grasp.held:
             return grasp.approach(None)
-        high = to_go[2] + clearance
-        if high > 0.05:
+        to_go[2] += clearance
+        if to_go[2] > 0.05:
             to_go[:2] = 0.0
-        return Goal(grasp.here + [to_go[0], to_go[1], high], None, True)
+        return Goal(grasp.here + to_go, None, True)
 
     return GraspExpert(task, plan, rng, noise)
