@@ -15,11 +15,12 @@ import numpy as np
 if TYPE_CHECKING:
     from sim.arm.lift import Lift
     from sim.arm.reach import Reach
+    from sim.arm.stack import Stack
     from sim.arm.task import ArmTask
 
 Plan = Callable[[], np.ndarray]  # the wanted command [x, y, z, yaw, gripper], from the state as it is now
 
-_NOISE_STD = np.array([0.012, 0.012, 0.008, 0.06, 0.0])  # of the command, at noise = 1 [m, m, m, rad, m]
+_NOISE_STD = np.array([0.005, 0.005, 0.004, 0.03, 0.0])  # of the command, at noise = 1 [m, m, m, rad, m]
 _NOISE_MEMORY = 0.9  # correlation from one control step to the next: half a second
 
 
@@ -63,13 +64,40 @@ def reach_expert(task: Reach, rng: np.random.Generator, noise: float) -> PlanExp
 
 def lift_expert(task: Lift, rng: np.random.Generator, noise: float) -> PlanExpert:
     """Over the cube, down along a funnel, close, and up once the fingers hold."""
-    lead = rng.uniform(0.025, 0.035)
+    lead = rng.uniform(0.020, 0.026)
     hover = rng.uniform(0.06, 0.09)
-    top = rng.uniform(0.10, 0.13)
+    top = rng.uniform(0.17, 0.20)
 
     def plan() -> np.ndarray:
         here, cube = task.ee_pos, task.cube_pos
         return pick(here, cube, task.cube_yaw, task.gripper_width, lead, hover, top)
+
+    return PlanExpert(task, plan, rng, noise)
+
+
+def stack_expert(task: Stack, rng: np.random.Generator, noise: float) -> PlanExpert:
+    """Pick the cube, carry it high over the other, descend along a funnel, open, and rise when open."""
+    lead = rng.uniform(0.022, 0.030)
+    hover = rng.uniform(0.06, 0.09)
+    clear = rng.uniform(0.05, 0.07)
+
+    def plan() -> np.ndarray:
+        here, cube, base = task.ee_pos, task.cube_pos, task.base_pos
+        resting = base[2] + task.base_half + task.half
+        aside = float(np.hypot(*(cube[:2] - base[:2])))
+        apart = float(np.hypot(*(here[:2] - cube[:2])))
+        width = task.gripper_width
+        if aside < 0.02 and abs(cube[2] - resting) < 0.004:  # it stands: let go, then up
+            up = resting + clear if width > 0.055 else here[2]
+            return np.array([*towards(here, np.array([here[0], here[1], up]), lead), task.base_yaw, OPEN])
+        held = apart < 0.016 and abs(here[2] - cube[2]) < 0.02 and width < 0.0425
+        if not held:
+            return pick(here, cube, task.cube_yaw, width, lead, hover, resting + clear)
+        # Up at once where it stands, across only as high as it must be, down only when over the place.
+        low = resting - 0.002 + clear * ramp(aside, 0.006, 0.03)
+        over = ramp(float(cube[2]), resting - 0.01, resting + 0.5 * clear) if aside > 0.03 else 1.0
+        goal = np.array([*(here[:2] + over * (base[:2] - cube[:2])), here[2] + low - cube[2]])
+        return np.array([*towards(here, goal, lead), task.cube_yaw if aside > 0.05 else task.base_yaw, 0.0])
 
     return PlanExpert(task, plan, rng, noise)
 
@@ -81,9 +109,9 @@ def pick(here: np.ndarray, cube: np.ndarray, yaw: float, width: float, lead: flo
     """The command that picks up a 4 cm cube: descend as the gripper comes over it, close at the bottom, rise when closed."""
     aside = float(np.hypot(here[0] - cube[0], here[1] - cube[1]))
     above = float(here[2] - cube[2])
-    around = aside < 0.012 and above < 0.012  # the cube is between the pads
-    if around and width < 0.0425:  # and they hold it
+    around = aside < 0.012 and above < 0.006  # the cube is between the pads
+    if aside < 0.016 and above < 0.02 and width < 0.0425:  # and they hold it
         return np.array([*towards(here, np.array([here[0], here[1], top]), lead), yaw, 0.0])
-    height = cube[2] + hover * ramp(aside, 0.01, 0.05)
+    height = cube[2] - 0.004 + hover * ramp(aside, 0.01, 0.05)
     goal = np.array([cube[0], cube[1], height])
     return np.array([*towards(here, goal, lead), yaw, 0.0 if around else OPEN])

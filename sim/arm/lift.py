@@ -11,7 +11,7 @@ from robopolicy.features import Feature
 from robopolicy.task import Expert
 from sim.arm import model as arm
 from sim.arm.experts import lift_expert
-from sim.arm.task import ArmTask, Read, rot6d
+from sim.arm.task import ArmTask, Read, quarter_turn_yaw, rot6d
 
 
 class Lift(ArmTask):
@@ -40,8 +40,15 @@ class Lift(ArmTask):
         return [
             (point("cube_pos"), lambda: self.cube_pos),
             (Feature("cube_rot6d", (6,), "float32", "rot6d", (), self.rate), lambda: rot6d(self._cube_rotation)),
+            (Feature("cube_yaw", (1,), "float32", "rad", (), self.rate), lambda: np.array([self.cube_yaw])),
             (point("ee_to_cube"), lambda: self.cube_pos - self._ee_pos),
         ]
+
+    def _start_command(self, rng: np.random.Generator) -> np.ndarray:
+        # Half-closed grippers at the start show an imitator how to recover from closing too early.
+        start = super()._start_command(rng)
+        start[4] = rng.uniform(0.01, arm.GRIPPER_MAX_WIDTH)
+        return start
 
     def _place(self, rng: np.random.Generator) -> None:
         x, y, yaw = rng.uniform(self.cube_low, self.cube_high)
@@ -50,15 +57,14 @@ class Lift(ArmTask):
     def _evaluate(self) -> tuple[float, bool]:
         distance = float(np.linalg.norm(self.cube_pos - self._ee_pos))
         raised = float(self.cube_pos[2]) - self.half
-        held = distance < 0.02 and self.gripper_width < 2 * self.half + 0.004
+        held = distance < 0.035 and self.gripper_width < 2 * self.half + 0.004
         progress = 0.3 * math.exp(-8.0 * distance) + 0.2 * held + 0.5 * held * min(max(raised / self.height, 0.0), 1.0)
         return progress, raised >= self.height and held
 
     @property
     def cube_yaw(self) -> float:
         """Yaw [rad] of the cube in [-pi/4, pi/4): it looks the same after every quarter turn."""
-        yaw = math.atan2(self._cube_rotation[1, 0], self._cube_rotation[0, 0])
-        return (yaw + math.pi / 4) % (math.pi / 2) - math.pi / 4
+        return quarter_turn_yaw(self._cube_rotation)
 
     def expert(self, rng: np.random.Generator, noise: float = 0.0) -> Expert:
         """Over the cube, down, close, up."""

@@ -23,7 +23,7 @@ WRIST_TO_FLANGE = 0.11
 FLANGE_TO_EE = 0.13
 
 GRIPPER_MAX_WIDTH = 0.08  # between the pads [m]
-GRIPPER_FORCE = 40.0  # on each finger [N]
+GRIPPER_FORCE = 30.0  # on each finger [N]
 
 TIMESTEP = 0.0025  # physics step [s]
 
@@ -91,12 +91,16 @@ def _finger(side: str, sign: int) -> str:
       <joint name="{side}_finger" type="slide" axis="0 {sign} 0" range="0 {GRIPPER_MAX_WIDTH / 2}" armature="0.2" damping="5"/>
       <geom type="box" size="0.011 0.006 0.026" pos="0 {sign * 0.012} 0.024" material="dark" mass="0.06" {_GHOST}/>
       <geom name="{side}_pad" type="box" size="0.010 0.005 0.018" pos="0 {sign * 0.005} 0.064" mass="0.03" material="rubber"
-            friction="1.5 0.02 0.0001" condim="4" solref="0.01 1" {_ARM}/>
+            friction="1.5 0.02 0.0001" condim="4" priority="1"
+            solref="0.008 1" solimp="0.98 0.995 0.001" {_ARM}/>
     </body>"""
 
 
-def _arm() -> str:
-    """The kinematic chain. Collision shapes are few: forearm, wrist, hand and pads; the rest cannot reach the table."""
+def _arm(tool: str) -> str:
+    """The kinematic chain, with MJCF of a tool in the hand.
+
+    Collision shapes are few: forearm, wrist, hand and pads; the rest cannot reach the table.
+    """
     flange = SHOULDER_HEIGHT - 0.16
     return f"""
     <body name="base">
@@ -136,6 +140,7 @@ def _arm() -> str:
                       <geom type="box" size="0.024 0.062 0.004" pos="0 0 0.060" material="dark" mass="0" {_GHOST}/>
                       <site name="ee" pos="0 0 {FLANGE_TO_EE}" group="3" size="0.004"/>
                       <camera name="wrist" pos="0.075 0 0.02" xyaxes="0 1 0 1 0 0" fovy="75"/>
+                      {tool}
                       {_finger("left", 1)}
                       {_finger("right", -1)}
                     </body>
@@ -182,17 +187,18 @@ def _look(eye: tuple[float, float, float], at: tuple[float, float, float]) -> st
     return f'pos="{eye[0]} {eye[1]} {eye[2]}" xyaxes="{axes}"'
 
 
-def scene(objects: str = "", extra: str = "") -> str:
+def scene(objects: str = "", tool: str = "") -> str:
     """MJCF of the arm on its table.
 
     Args:
         objects: Bodies to add to the world.
-        extra: Further top-level elements.
+        tool: Geoms to add to the hand, in its frame: z is the approach direction, ``ee`` at ``FLANGE_TO_EE``.
     """
     return f"""
 <mujoco model="arm">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="pyramidal" iterations="10" ls_iterations="10" tolerance="1e-7"/>
+  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="pyramidal" impratio="10" iterations="10" ls_iterations="10"
+          tolerance="1e-7"/>
   <size memory="1M"/>
   <visual>
     <quality shadowsize="0" offsamples="0"/>
@@ -220,7 +226,7 @@ def scene(objects: str = "", extra: str = "") -> str:
     <geom name="table" type="plane" size="0.60 0.60 0.02" pos="0.40 0 0" material="wood" friction="1 0.01 0.0001" {_OBJECT}/>
     <geom type="box" size="0.60 0.60 0.02" pos="0.40 0 -0.0205" material="wood" mass="0" {_GHOST}/>
     <geom type="plane" size="4 4 0.1" pos="0 0 -0.75" material="floor" {_GHOST}/>
-    {_arm()}
+    {_arm(tool)}
     {objects}
   </worldbody>
   <tendon>
@@ -230,5 +236,4 @@ def scene(objects: str = "", extra: str = "") -> str:
   <contact><exclude body1="left_finger" body2="right_finger"/></contact>
   <actuator>{_actuators()}
   </actuator>
-  {extra}
 </mujoco>"""

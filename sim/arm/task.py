@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -268,6 +269,12 @@ class ArmTask(Task):
 def rot6d(rotation: np.ndarray) -> np.ndarray:
     """First two columns of a rotation matrix ``[3, 3]``, one after the other ``[6]`` (Zhou et al. 2019)."""
     return rotation[:, :2].T.ravel()
+
+
+def quarter_turn_yaw(rotation: np.ndarray) -> float:
+    """Yaw [rad] in [-pi/4, pi/4) of a cube, which looks the same after every quarter turn."""
+    yaw = math.atan2(rotation[1, 0], rotation[0, 0])
+    return (yaw + math.pi / 4) % (math.pi / 2) - math.pi / 4
 
 
 def _space(feature: Feature) -> gymnasium.spaces.Box:
