@@ -11,6 +11,7 @@ from scipy.stats import binom, binomtest, norm
 
 from robopolicy.errors import EvaluationError
 from robopolicy.evaluate.stats import (
+    any_time_interval,
     compact_letters,
     holm,
     independent_log_e,
@@ -20,6 +21,7 @@ from robopolicy.evaluate.stats import (
     pooled_interval,
     required_episodes,
     sequential,
+    sign_flip_p,
     success_difference,
     success_interval,
 )
@@ -210,7 +212,7 @@ def test_outcomes_that_exclude_each_other_break_the_independent_test_but_not_the
 
 def test_scores_may_be_tested_at_any_time_too():
     rng = np.random.default_rng(13)
-    scores = rng.beta(2, 1, (NULLS, 200)), rng.beta(2, 1, (NULLS, 200))
+    scores = rng.beta(2, 1, (2, NULLS, 100))
     d = scores[1] - scores[0]
     assert ever(two_sided(paired_log_e(-d), paired_log_e(d))) <= BOUND
     better = paired_log_e(rng.beta(4, 1, (300, 200)) - rng.beta(2, 1, (300, 200)))
@@ -256,6 +258,36 @@ def test_sequential_test_refuses_scores_beyond_its_range():
     for bad in ([0.0, 2.0], [0.0, math.nan]):
         with pytest.raises(EvaluationError):
             sequential(np.zeros(2), np.array(bad))
+
+
+def test_the_any_time_interval_covers_when_its_reader_stops_as_soon_as_it_excludes_zero():
+    rng = np.random.default_rng(16)
+    covered = []
+    for _ in range(40):
+        a, b = rng.random((2, 300)) < np.array([0.6, 0.75])[:, None]
+        d = b.astype(float) - a
+        stop = sequential(a, b).decided_at or 300
+        interval = any_time_interval(d[:stop], points=101)
+        covered.append(interval.low <= 0.15 <= interval.high)
+        assert (interval.low > -0.02) or stop == 300  # agrees with the decision, but for the grid
+    assert np.mean(covered) > 0.88
+
+
+def test_the_any_time_interval_is_the_whole_range_at_first_and_narrows():
+    rng = np.random.default_rng(17)
+    d = rng.choice([-1.0, 0.0, 1.0], 1000)
+    few, many = any_time_interval(d[:2], points=101), any_time_interval(d, points=101)
+    assert (few.low, few.high) == (-1.0, 1.0)
+    assert many.high - many.low < 0.3
+
+
+def test_sign_flips_keep_their_size_and_see_a_shift():
+    rng = np.random.default_rng(18)
+    null = [sign_flip_p(rng.standard_normal(30), rng) for _ in range(100)]
+    assert np.mean(np.array(null) <= 0.05) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 100)
+    assert sign_flip_p(rng.standard_normal(100) + 0.6, rng) < 0.001
+    assert sign_flip_p(np.zeros(5), rng) == 1.0
+    assert sign_flip_p(np.array([0.3]), rng) == 1.0  # one pair can show nothing
 
 
 # --- many policies ----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ Seeds of demonstrations start at 0, of validation during training at 100000, of 
 policy never meets its test episodes before the test. The noise of the policy is seeded too: the same command gives the same
 figures."""
 
-FIRST_SEEDS = {"validation": 100_000, "test": 200_000, "search": 300_000}
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
@@ -176,11 +174,11 @@ def override_steps(policy: Policy, steps: int) -> None:
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
     """The environment seeds that the arguments ask for, ascending."""
-    start = FIRST_SEEDS.get(args.seeds)
-    if start is None:
-        if not args.seeds.isdigit():
-            raise EvaluationError(f"--seeds {args.seeds}: {nearest(args.seeds, FIRST_SEEDS)} Or give the first seed, a number")
-        start = int(args.seeds)
+    from robopolicy.evaluate.run import SEEDS
+
+    if args.seeds not in SEEDS and not args.seeds.isdigit():
+        raise EvaluationError(f"--seeds {args.seeds}: {nearest(args.seeds, SEEDS)} Or give the first seed, a number")
+    start = SEEDS[args.seeds] if args.seeds in SEEDS else int(args.seeds)
     return list(range(start, start + args.episodes))
 
 

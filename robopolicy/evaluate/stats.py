@@ -229,7 +229,7 @@ def independent_log_e(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.cumsum(np.where(p_b > p_a, log_ratio(a, p_a) + log_ratio(b, p_b), 0.0), axis=-1)
 
 
-def any_time_interval(differences: np.ndarray, alpha: float = 0.05, points: int = 401) -> Interval:
+def any_time_interval(differences: np.ndarray, alpha: float = 0.05, points: int = 201) -> Interval:
     """Interval of the mean difference that holds at every moment at once, so also when looking at it decided when to stop.
 
     It keeps the means ``m`` on a grid over [-1, 1] that the two-sided test of "mean difference = m" has never rejected: the
