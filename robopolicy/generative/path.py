@@ -181,7 +181,13 @@ class VPCosine(Path):
         # 1 - abar through log1p and expm1: no cancellation where there is hardly any noise.
         log_abar = torch.cumsum(torch.log1p(-beta), 0)
         self.alphas_cumprod = log_abar.exp()
-        self._log_level = 0.5 * (torch.log(-torch.expm1(log_abar)) - log_abar)
+        log_level = 0.5 * (torch.log(-torch.expm1(log_abar)) - log_abar)
+        self._log_levels = {torch.device("cpu"): log_level}  # a copy for each device that was asked for
+
+    def _log_level(self, device: torch.device) -> Tensor:
+        if device not in self._log_levels:
+            self._log_levels[device] = self._log_levels[torch.device("cpu")].to(device)
+        return self._log_levels[device]
 
     @property
     def t_min(self) -> float:
@@ -196,7 +202,7 @@ class VPCosine(Path):
 
     def noise_level(self, t: Tensor) -> Tensor:
         index = self.net_time(t)
-        table = self._log_level.to(t.device)
+        table = self._log_level(t.device)
         below = index.floor().clamp(0, self.num_steps - 2)
         low = below.long()
         log_level = torch.lerp(table[low], table[low + 1], (index - below).clamp(0, 1))
@@ -209,7 +215,7 @@ class VPCosine(Path):
 
     def t_of(self, noise_level: Tensor) -> Tensor:
         level = noise_level.double()
-        table = self._log_level.to(level.device)
+        table = self._log_level(level.device)
         log_level = level.log()
         low = (torch.searchsorted(table, log_level.contiguous(), right=True) - 1).clamp(0, self.num_steps - 2)
         index = low + (log_level - table[low]) / (table[low + 1] - table[low])

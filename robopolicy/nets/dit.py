@@ -28,10 +28,11 @@ class DiT(nn.Module):
 
     class Config(NetConfig):
         PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-            "tiny": {"width": 96, "depth": 2, "heads": 4},  # 0.4 M for two actions, 16 steps and 40 context entries
-            "small": {"width": 144, "depth": 4, "heads": 4},  # 1.7 M
-            "base": {"width": 256, "depth": 6, "heads": 4},  # 8 M
-            "large": {"width": 512, "depth": 12, "heads": 8},  # 60 M
+            # Parameters for two actions, 16 steps and a context of 40.
+            "tiny": {"width": 96, "depth": 2, "heads": 4},  # 0.41 M
+            "small": {"width": 144, "depth": 4, "heads": 4},  # 1.6 M
+            "base": {"width": 256, "depth": 6, "heads": 4},  # 7.4 M
+            "large": {"width": 512, "depth": 12, "heads": 8},  # 58 M
         }
         width: int = pydantic.Field(default=256, ge=8)
         depth: int = pydantic.Field(default=6, ge=1)

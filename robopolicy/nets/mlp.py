@@ -32,10 +32,11 @@ class MLP(nn.Module):
 
     class Config(NetConfig):
         PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-            "tiny": {"width": 128, "depth": 3, "time_dim": 32},  # 0.3 M for two actions, 16 steps and 10 context entries
-            "small": {"width": 256, "depth": 4, "time_dim": 64},  # 1.4 M
-            "base": {"width": 512, "depth": 4, "time_dim": 64},  # 5.5 M
-            "large": {"width": 1024, "depth": 6, "time_dim": 128},  # 32 M
+            # Parameters for two actions, 16 steps and a context of 40.
+            "tiny": {"width": 128, "depth": 3, "time_dim": 32},  # 0.38 M
+            "small": {"width": 256, "depth": 4, "time_dim": 64},  # 1.8 M
+            "base": {"width": 512, "depth": 4, "time_dim": 64},  # 7.0 M
+            "large": {"width": 1024, "depth": 6, "time_dim": 128},  # 40 M
         }
         width: int = pydantic.Field(default=512, ge=8)
         depth: int = pydantic.Field(default=4, ge=1)
