@@ -220,9 +220,8 @@ def scene(objects: str = "", tool: str = "") -> str:
   </asset>
   <worldbody>
     <light name="key" pos="0.2 0.9 1.9" dir="0.12 -0.45 -1" diffuse="0.55 0.54 0.52" specular="0.2 0.2 0.2" directional="true"/>
-    <camera name="film" {_look((1.35, 0.78, 0.78), (0.30, 0.0, 0.20))} fovy="42"/>
-    <camera name="front" {_look((1.10, 0.0, 0.62), (0.44, 0.0, 0.06))} fovy="48"/>
-    <camera name="top" pos="0.50 0 1.05" xyaxes="0 -1 0 1 0 0" fovy="36"/>
+    <camera name="film" {_look((1.30, 0.80, 0.78), (0.33, 0.0, 0.22))} fovy="41"/>
+    <camera name="front" {_look((1.05, 0.0, 0.68), (0.47, 0.0, 0.04))} fovy="46"/>
     <geom name="table" type="plane" size="0.60 0.60 0.02" pos="0.40 0 0" material="wood" friction="1 0.01 0.0001" {_OBJECT}/>
     <geom type="box" size="0.60 0.60 0.02" pos="0.40 0 -0.0205" material="wood" mass="0" {_GHOST}/>
     <geom type="plane" size="4 4 0.1" pos="0 0 -0.75" material="floor" {_GHOST}/>

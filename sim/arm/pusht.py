@@ -13,6 +13,7 @@ from sim.arm import model as arm
 from sim.arm import tee
 from sim.arm.pushing import STICK_RADIUS, pusht_expert
 from sim.arm.task import ArmTask, Read
+from sim.render import mujoco
 
 
 class ArmPushT(ArmTask):
@@ -25,7 +26,6 @@ class ArmPushT(ArmTask):
     max_episode_steps = 400
     axes: ClassVar[tuple[str, ...]] = ("x", "y")
     rest: ClassVar[dict[str, float]] = {"x": 0.45, "y": 0.0, "z": 0.065, "yaw": 0.0, "gripper": 2 * STICK_RADIUS}
-    eye_camera: ClassVar[str] = "top"
 
     goal: ClassVar[tuple[float, float, float]] = (0.48, 0.0, math.pi / 4)  # x [m], y [m], yaw [rad] of the mark
     covered: ClassVar[float] = 0.95
@@ -85,7 +85,12 @@ class ArmPushT(ArmTask):
             x, y, yaw = rng.uniform([0.42, -0.12, -math.pi], [0.56, 0.12, math.pi])
             if math.dist(stick, (x, y)) > 0.15:
                 break
+        self.put_block(x, y, yaw)
+
+    def put_block(self, x: float, y: float, yaw: float) -> None:
+        """Place the block flat on the table at ``x``, ``y`` [m], turned by ``yaw`` [rad]."""
         self._block[:] = [x, y, tee.HEIGHT / 2, math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)]
+        mujoco.mj_kinematics(self._model, self._data)
 
     def _evaluate(self) -> tuple[float, bool]:
         coverage = self.coverage()

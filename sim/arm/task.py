@@ -58,8 +58,6 @@ class ArmTask(Task):
     # Where episodes start, about, and the value of the axes that are not in the action.
     rest: ClassVar[dict[str, float]] = {"x": 0.45, "y": 0.0, "z": 0.2, "yaw": 0.0, "gripper": arm.GRIPPER_MAX_WIDTH}
     hold_steps: ClassVar[int] = 1  # consecutive control steps for which the goal must hold
-    film_camera: ClassVar[str] = "film"
-    eye_camera: ClassVar[str] = "front"
 
     def __init__(
         self,
@@ -155,7 +153,7 @@ class ArmTask(Task):
     def render(self) -> np.ndarray:
         """A picture ``[render_size, render_size, 3]`` uint8 for films. Raises TaskError when there is no renderer."""
         if self._film is None:
-            self._film = Renderer(self._model, self._render_size, self._render_size, self.film_camera, self._pretty)
+            self._film = Renderer(self._model, self._render_size, self._render_size, "film", self._pretty)
         return self._film(self._data)
 
     def close(self) -> None:
@@ -167,7 +165,7 @@ class ArmTask(Task):
     def expert(self, rng: np.random.Generator, noise: float = 0.0) -> Expert:
         raise NotImplementedError
 
-    # ---- the true state, for experts --------------------------------------------------------------------------------------
+    # ---- the true state, for experts and instruments -------------------------------------------------------------------------
 
     @property
     def ee_pos(self) -> np.ndarray:
@@ -178,6 +176,16 @@ class ArmTask(Task):
     def gripper_width(self) -> float:
         """Distance [m] between the pads."""
         return float(self._fingers[0] + self._fingers[1])
+
+    @property
+    def joint_set_point(self) -> np.ndarray:
+        """Joint angles ``[7]`` [rad] that the servos track now; a view."""
+        return self._data.act[:DOF]
+
+    @property
+    def joint_effort(self) -> np.ndarray:
+        """Torques ``[7]`` [Nm] of the servos, gravity compensation included; a view."""
+        return self._data.qfrc_actuator[:DOF]
 
     # ---- actions -------------------------------------------------------------------------------------------------------------
 
@@ -262,7 +270,7 @@ class ArmTask(Task):
 
     def _look(self) -> np.ndarray:
         if self._eye is None:
-            self._eye = Renderer(self._model, self._image_size, self._image_size, self.eye_camera)
+            self._eye = Renderer(self._model, self._image_size, self._image_size, "front")
         return self._eye(self._data)
 
 
