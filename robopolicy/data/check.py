@@ -35,7 +35,7 @@ def check(path: str | Path, progress: bool = False) -> list[Problem]:
     """
     files = open_files(Path(path))
     layout = scan(files)
-    store = files.zarr_store()
+    store = files.zarr_store(layout.blosc)
     ends = read_ends(store, layout)
     check_ends(ends, layout)
     for info in layout.arrays.values():
@@ -55,7 +55,9 @@ def check(path: str | Path, progress: bool = False) -> list[Problem]:
     _check_rates(layout)
     movement: dict[str, np.ndarray] = {}
     for name, info in tqdm(layout.arrays.items(), desc="check", unit="array", disable=not progress, leave=False):
-        feature = (layout.features or {}).get(name) or Feature(name, info.shape[1:], _dtype_name(info))
+        feature = (layout.features or {}).get(name)
+        if feature is None or feature.shape != info.shape[1:]:
+            feature = Feature(name, info.shape[1:], _dtype_name(info))
         steps = min(info.shape[0], int(ends[-1])) if valid else info.shape[0]
         inside = ends[ends <= steps] if valid else np.array([steps])
         array = zarr.open_array(store, path=info.path, mode="r", zarr_format=layout.zarr_format)
@@ -182,12 +184,15 @@ class _ArrayCheck:
         units = units if len(units) == len(self.low) else [feature.unit] * len(self.low)
         reach = np.maximum(np.abs(self.low.astype(np.float64)), np.abs(self.high.astype(np.float64)))
         names = feature.names if len(feature.names) == len(self.low) else [""] * len(self.low)
-        for entry, (unit, name) in enumerate(zip(units, names, strict=True)):
-            angle_like = unit == "rad" or (not unit and _ANGLE_NAME.search(f"{feature.name} {name}"))
-            if angle_like and _MOST_RADIANS < reach[entry] <= 720 and self.info.dtype.kind == "f":
-                said = "declared rad" if unit == "rad" else "no unit declared"
-                text = f"entry {entry} reaches {reach[entry]:.4g}, which looks like degrees ({said})"
-                self.layout.warning(where, text, "convert to radians when recording, or declare the true unit")
+        said = [
+            "rad" if unit == "rad" else not unit and _ANGLE_NAME.search(f"{feature.name} {n}")
+            for unit, n in zip(units, names, strict=True)
+        ]
+        wide = (reach > _MOST_RADIANS) & (reach <= 720) & (self.info.dtype.kind == "f")
+        if degrees := [entry for entry in range(len(said)) if said[entry] and wide[entry]]:
+            declared = "declared rad" if said[degrees[0]] == "rad" else "no unit declared"
+            text = f"{_some('entry', degrees)} reaches {reach[degrees].max():.4g}, which looks like degrees ({declared})"
+            self.layout.warning(where, text, "convert to radians when recording, or declare the true unit")
         if self.info.dtype.kind == "f" and reach.max() > _HUGE and not self._is_time():
             text = f"entry {int(reach.argmax())} reaches {reach.max():.3g}"
             self.layout.warning(where, text, "check the unit and the driver; garbage memory looks like this")
@@ -196,12 +201,14 @@ class _ArrayCheck:
 
     def _check_constant(self) -> None:
         still = self.episode_low == self.episode_high
-        for entry in range(still.shape[1]):
+        always = self.low == self.high
+        if always.any():
+            values = ", ".join(f"{v:g}" for v in self.low[always][:5])
+            text = f"{_some('entry', np.flatnonzero(always))} is constant ({values}) through all episodes"
+            self.layout.warning(self.info.path, text, "leave it out if it means nothing, or check the sensor")
+        for entry in np.flatnonzero(~always).tolist():
             stuck = np.flatnonzero(still[:, entry])
-            if self.low[entry] == self.high[entry]:
-                text = f"entry {entry} is {self.low[entry]:g} at every step of every episode"
-                self.layout.warning(self.info.path, text, "leave it out if it means nothing, or check the sensor")
-            elif 0 < len(stuck) <= 0.1 * len(self.ends):
+            if 0 < len(stuck) <= 0.1 * len(self.ends):
                 text = f"entry {entry} does not change in {_some('episode', stuck)}, though it does in the others; a stuck sensor"
                 self.layout.warning(self.info.path, text, "look at those episodes; drop them when the sensor was dead")
 
@@ -252,7 +259,7 @@ def _check_stuck(layout: Layout, movement: dict[str, np.ndarray], ends: np.ndarr
     moved = np.stack(list(movement.values()))
     first = np.concatenate([[0], ends[:-1]])
     for row, name in enumerate(movement):
-        others = np.delete(moved, row, axis=0).any(axis=0)
+        others = np.asarray(np.delete(moved, row, axis=0).any(axis=0))
         if moved[row].mean() < 0.5:
             continue
         runs = [r for r in _runs(~moved[row], first) if r[1] - r[0] >= STUCK_STEPS and others[r[0] : r[1]].mean() >= 0.5]
@@ -262,7 +269,7 @@ def _check_stuck(layout: Layout, movement: dict[str, np.ndarray], ends: np.ndarr
             layout.warning(
                 f"data/{name}", text, "a stuck sensor or camera; look at those episodes and drop them when it was dead"
             )
-    repeated: np.ndarray = np.logical_not(moved.any(axis=0))
+    repeated = ~np.asarray(moved.any(axis=0))
     repeated[first] = False
     if repeated.mean() > 0.01:
         text = f"{repeated.sum()} steps ({repeated.mean():.1%}) repeat the step before in every feature"
@@ -278,5 +285,9 @@ def _runs(flags: np.ndarray, breaks: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _some(what: str, items: Sequence[int] | np.ndarray) -> str:
+    """``episode 7`` or ``3 episodes (1, 4, 6)``."""
+    if len(items) == 1:
+        return f"{what} {int(items[0])}"
+    plural = "entries" if what == "entry" else f"{what}s"
     shown = ", ".join(str(int(i)) for i in items[:5])
-    return f"{len(items)} {what}s ({shown}{', ...' if len(items) > 5 else ''})" if len(items) != 1 else f"{what} {shown}"
+    return f"{len(items)} {plural} ({shown}{', ...' if len(items) > 5 else ''})"

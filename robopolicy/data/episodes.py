@@ -48,10 +48,10 @@ class Episodes:
         try:
             self._files = open_files(path)
             layout = scan(self._files)
-            self._store = CommitStore(LocalStore(path)) if mode == "a" else self._files.zarr_store()
+            self._store = CommitStore(path, layout.blosc) if mode == "a" else self._files.zarr_store(layout.blosc)
             self._mode: Literal["r", "r+"] = "r+" if mode == "a" else "r"
             self.zarr_format = layout.zarr_format
-            self.ends = read_ends(self._store, layout)
+            self.ends = read_ends(self._files.zarr_store(layout.blosc), layout)
             self._load(layout, features)
         except BaseException:
             self.close()

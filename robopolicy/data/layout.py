@@ -104,6 +104,12 @@ class Layout:
         self.problems.append(Problem("warning", where, text, mend))
 
     @property
+    def blosc(self) -> frozenset[str]:
+        """Paths of the arrays whose chunks are Blosc containers."""
+        arrays = [*self.arrays.values(), *([self.ends] if self.ends else [])]
+        return frozenset(a.path for a in arrays if a.codecs and a.codecs[-1].removeprefix("numcodecs.") == "blosc")
+
+    @property
     def errors(self) -> list[Problem]:
         return [p for p in self.problems if p.severity == "error"]
 
@@ -127,11 +133,12 @@ def scan(files: Files) -> Layout:
                 "point to the folder that holds data/ and meta/",
             )
     elif ".zgroup" in top or ("data" in top and "meta" in top):
-        layout.zarr_format = 2
+        layout.zarr_format = 3 if "zarr.json" in files.children("data") else 2
+        root_file = "zarr.json" if layout.zarr_format == 3 else ".zgroup"
         if ".zgroup" in top:
             _json(files, ".zgroup", layout)
         else:
-            layout.error(".zgroup", "absent, so other readers do not see a zarr group", REPAIR)
+            layout.error(root_file, "absent from the root, and the declared features with it", REPAIR)
         layout.attributes = _json(files, ".zattrs", layout) if ".zattrs" in top else {}
     else:
         raise DataError(
@@ -378,6 +385,8 @@ def _declared(layout: Layout) -> None:
                 f"dtype {info.dtype}, declared {feature.dtype}",
                 "correct the declaration, or `robopolicy data repair` to re-declare",
             )
+    if not layout.features and not layout.errors:
+        layout.error(f"{where} features", "declares no features", "declare each array of data/ with its shape, dtype and unit")
     for name in sorted(set(layout.arrays) - set(layout.features)):
         layout.warning(
             f"data/{name}", "not declared as a feature, so it is left out", "declare it in the root attributes or delete it"

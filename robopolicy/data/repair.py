@@ -98,7 +98,7 @@ class _Source:
     """The readable part of a damaged store."""
 
     def __init__(self, files: Files, layout: Layout) -> None:
-        store = files.zarr_store()
+        store = files.zarr_store(layout.blosc)
         self._arrays = {
             n: zarr.open_array(store, path=a.path, mode="r", zarr_format=layout.zarr_format)
             for n, a in layout.arrays.items()

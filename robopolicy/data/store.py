@@ -16,7 +16,7 @@ import weakref
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -61,14 +61,40 @@ def write_file(path: Path, content: Any) -> None:
         file.write(content)
 
 
-class CommitStore(WrapperStore[LocalStore]):
+class GuardedStore(WrapperStore[Store]):
+    """A zarr store that refuses truncated Blosc chunks, past whose end the codec would read foreign memory.
+
+    Args:
+        store: The store behind.
+        blosc: Paths of the arrays whose chunks are Blosc containers.
+    """
+
+    def __init__(self, store: Store, blosc: frozenset[str] = frozenset()) -> None:
+        super().__init__(store)
+        self._blosc = blosc
+
+    def _with_store(self, store: Store) -> Self:
+        return type(self)(store, self._blosc)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        value = await super().get(key, prototype, byte_range)
+        whole_chunk = value is not None and byte_range is None and PurePosixPath(key).name not in METADATA
+        if value is not None and whole_chunk and any(key.startswith(f"{path}/") for path in self._blosc):
+            said = int.from_bytes(value[12:16].to_bytes(), "little")  # bytes of the whole container, in its header
+            if len(value) < 16 or said != len(value):
+                raise DataError(f"chunk '{key}' has {len(value)} bytes, its header says {said}")
+        return value
+
+
+class CommitStore(GuardedStore):
     """A local zarr store that writes chunks at once and holds metadata back until :meth:`publish`.
 
     Until then this process sees the new shapes and every other process the published ones.
     """
 
-    def __init__(self, store: LocalStore) -> None:
-        super().__init__(store)
+    def __init__(self, root: Path, blosc: frozenset[str] = frozenset()) -> None:
+        super().__init__(LocalStore(root), blosc)
+        self._root = root
         self._pending: dict[str, bytes] = {}
         self._touched: set[Path] = set()
 
@@ -91,7 +117,7 @@ class CommitStore(WrapperStore[LocalStore]):
             await self.set(key, value)
 
     def _write(self, key: str, content: Any) -> None:
-        path = self._store.root / key
+        path = self._root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
         self._touched.add(path.parent)
@@ -108,7 +134,7 @@ class CommitStore(WrapperStore[LocalStore]):
         self._pending.clear()
 
     def _replace(self, key: str) -> None:
-        path = self._store.root / key
+        path = self._root / key
         if not path.exists() or path.read_bytes() != self._pending[key]:  # zarr hands over what it did not change, too
             self._write(key, self._pending[key])
 
@@ -139,8 +165,8 @@ class Files(Protocol):
         """All files under ``prefix`` with size [bytes] and a fingerprint that changes with the content."""
         ...
 
-    def zarr_store(self) -> Store:
-        """A read-only zarr store on the same files."""
+    def zarr_store(self, blosc: frozenset[str]) -> Store:
+        """A read-only zarr store on the same files; ``blosc`` as in :class:`GuardedStore`."""
         ...
 
 
@@ -170,8 +196,8 @@ class DirectoryFiles:
                     status = path.stat()
                     yield path.relative_to(self.path).as_posix(), status.st_size, status.st_mtime_ns
 
-    def zarr_store(self) -> Store:
-        return LocalStore(self.path, read_only=True)
+    def zarr_store(self, blosc: frozenset[str]) -> Store:
+        return GuardedStore(LocalStore(self.path, read_only=True), blosc)
 
 
 class ZipFiles:
@@ -211,8 +237,8 @@ class ZipFiles:
             if not prefix or name.startswith(prefix + "/"):
                 yield name, info.file_size, info.CRC
 
-    def zarr_store(self) -> Store:
-        return ZipStore(self.path, mode="r", read_only=True)
+    def zarr_store(self, blosc: frozenset[str]) -> Store:
+        return GuardedStore(ZipStore(self.path, mode="r", read_only=True), blosc)
 
 
 def open_files(path: Path) -> Files:
