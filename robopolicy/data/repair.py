@@ -160,9 +160,11 @@ def _sound_bounds(ends: np.ndarray, steps: int, dropped: list[str]) -> Iterator[
     """
     values = np.concatenate([[0], ends])
     doubtful = (values < 0) | (values > steps)
-    backwards = np.flatnonzero(np.diff(values) < 0)
-    doubtful[backwards] |= backwards > 0
-    doubtful[backwards + 1] = True
+    possible = np.flatnonzero(~doubtful)
+    backwards = np.flatnonzero(np.diff(values[possible]) < 0)
+    doubtful[possible[backwards]] = True
+    doubtful[possible[backwards + 1]] = True
+    doubtful[0] = False  # the first episode starts at 0 whatever its end says
     for number in range(len(ends)):
         start, stop = int(values[number]), int(values[number + 1])
         if doubtful[number] or doubtful[number + 1]:

@@ -282,7 +282,7 @@ def building(path: Path) -> Iterator[Path]:
     """A fresh directory that becomes ``path`` (a directory, or a zip when it ends so) only when the block succeeds."""
     check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.building")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
