@@ -24,7 +24,7 @@ class Feature:
         name: Key in observation dictionaries and under ``data/`` in a store, for example ``agent_pos``.
         shape: Shape at one time step, without batch or time. Images are ``(H, W, 3)``.
         dtype: One of :data:`DTYPES`; images are ``uint8``.
-        unit: SI unit (``m``, ``rad``, ``m/s``, ``N``), ``px``, ``rot6d``, ``quat_xyzw``, or ``1`` (dimensionless). Empty: unknown.
+        unit: SI unit (``m``, ``rad``, ``m/s``, ``N``), ``px``, ``rot6d``, ``quat_xyzw``, or ``1`` for none. Empty: unknown.
             Mixed units are listed per entry, separated by commas: ``m,m,m,rad``.
         names: Optional names of the entries along the last axis, for example joint names.
         rate: Nominal rate in Hz; None when unknown.

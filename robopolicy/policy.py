@@ -58,6 +58,11 @@ class PolicyConfig(Config):
             raise ValueError(
                 f"n_obs_steps - 1 + n_action_steps = {needed} exceeds horizon {self.horizon}; raise it or execute fewer actions"
             )
+        clip = self.sampler.get("clip")
+        if clip is not None and clip < 3 and self.normalize.get("action", self.default_normalize) == "meanstd":
+            raise ValueError(
+                f"sampler.clip {clip} cuts actions normalised by meanstd at {clip} standard deviations; set clip: null"
+            )
         return self
 
     @pydantic.field_validator("path", "sampler", "net", "encoder", mode="after")

@@ -20,7 +20,9 @@ def test_the_extend_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
             continue
         for line in text.strip().splitlines():
             command = re.sub(r"^robopolicy", "-m robopolicy.cli", line).removeprefix("python ").split()
-            done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            )
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     result = json.loads(next((tmp_path / "outputs" / "dot").rglob("eval.json")).read_text())
     successes = sum(bool(episode["success"]) for episode in result["episodes"])

@@ -34,7 +34,9 @@ def test_impossible_declarations_are_refused(kwargs: dict) -> None:
         Feature("x", **kwargs)
 
 
-@pytest.mark.parametrize("value", [{}, {"shape": [2], "units": "m"}, {"shape": "ab"}, {"shape": 3}, {"shape": [2], "rate": "fast"}])
+@pytest.mark.parametrize(
+    "value", [{}, {"shape": [2], "units": "m"}, {"shape": "ab"}, {"shape": 3}, {"shape": [2], "rate": "fast"}]
+)
 def test_foreign_json_is_refused(value: dict) -> None:
     with pytest.raises(DataError, match="feature 'x'"):
         Feature.from_json("x", value)

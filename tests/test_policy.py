@@ -111,6 +111,8 @@ def test_observations_that_do_not_fit_are_refused(change: Callable[[dict], Any],
 def test_what_cannot_be_built_is_refused() -> None:
     with pytest.raises(ConfigError, match="exceeds horizon 8"):
         policy(n_action_steps=8)
+    with pytest.raises(ConfigError, match="set clip: null"):
+        policy(sampler={"type": "ddim"}, normalize={"action": "meanstd"})
     with pytest.raises(ConfigError, match="reference 'elbow' is not observed"):
         policy(action={"type": "relative", "reference": ["elbow"]})
     with pytest.raises(DataError, match="no normaliser for speed"):
