@@ -18,7 +18,7 @@ from robopolicy.data.episodes import Episodes
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
 from robopolicy.features import Feature
 from robopolicy.policy import load_policy
-from robopolicy.train.bc import Trainer, batch_indices, learning_rate, read_metrics
+from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning_rate, read_metrics, use_bf16
 from robopolicy.train.ema import EMAConfig, averaged
 from robopolicy.train.experiment import Experiment, TrainConfig
 
@@ -246,3 +246,27 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(store: Path, t
     while straight.step < resumed.step:
         straight.train_step()
     assert_equal(straight, resumed)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_clipping_is_torchs(max_norm: float) -> None:
+    torch.manual_seed(0)
+    mine, reference = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    for a, b in zip(mine.parameters(), reference.parameters(), strict=True):
+        a.grad = torch.randn(a.shape)
+        b.grad = a.grad.clone()
+    norm = clip_gradients(list(mine.parameters()), max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm))
+    for a, b in zip(mine.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_bf16_is_left_to_networks_that_gain_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert use_bf16("auto", cpu, 5_000_000)
+    assert not use_bf16("auto", cpu, 300_000)
+    assert use_bf16("bf16", cpu, 300_000)
+    assert not use_bf16("fp32", cpu, 5_000_000)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not use_bf16("auto", cpu, 5_000_000)

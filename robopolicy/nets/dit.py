@@ -97,7 +97,13 @@ class _Block(nn.Module):
 
     def _attend(self, h: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(h), "b h (three heads d) -> three b heads h d", three=3, heads=self.heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            # There torch's attention, above all its backward pass, is several times slower in bfloat16 than in float32.
+            with torch.autocast("cpu", enabled=False):
+                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         out: Tensor = self.mix(rearrange(mixed, "b heads h d -> b h (heads d)"))
         return out
 
