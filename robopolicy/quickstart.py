@@ -16,7 +16,6 @@ it demonstrates lifting a cube with a scripted expert, trains the flow-matching 
 evaluates the last checkpoint on seeds that neither saw. Each step is a verb of its own; the end says which."""
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "lift_flow.yaml"
-DEMONSTRATIONS = 100
 NOISE = 0.5  # of the expert: without it the policy never sees how to come back from an error
 
 
@@ -25,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="run folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=100, help="fresh episodes to evaluate on (default: %(default)s)")
+    parser.add_argument("--demonstrations", type=int, default=100, help="by the scripted expert (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="simulator processes (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configs/lift_flow.yaml")
 
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     task = experiment.task.spec
     _start_afresh(out)
 
-    _say(f"1/3  {DEMONSTRATIONS} demonstrations by the scripted expert -> {store}")
-    record(task, store, DEMONSTRATIONS, noise=NOISE, seed_start=SEEDS["demonstrations"], workers=args.workers, progress=True)
+    _say(f"1/3  {args.demonstrations} demonstrations by the scripted expert -> {store}")
+    record(task, store, args.demonstrations, noise=NOISE, seed_start=SEEDS["demonstrations"], workers=args.workers, progress=True)
 
     _say(f"2/3  training a flow-matching policy -> {out / 'checkpoints'}")
     trainer = Trainer(experiment, out)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     write_json(
         out / "result.json",
-        {**evaluation.to_json(), "quickstart": {"seconds": round(seconds, 1), "demonstrations": DEMONSTRATIONS}},
+        {**evaluation.to_json(), "quickstart": {"seconds": round(seconds, 1), "demonstrations": args.demonstrations}},
     )
     write_report(
         out / "report.html",

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
+from robopolicy.data.arrays import open_array, read_rows
 from robopolicy.data.ends import check_ends, read_ends
 from robopolicy.data.layout import REPAIR, ArrayInfo, Layout, Problem, missing_chunks, scan, stale_files
 from robopolicy.data.store import open_files
+from robopolicy.errors import DataError
 from robopolicy.features import Feature
 
 STUCK_STEPS = 20  # a sensor that repeats itself longer than this while others move is reported
@@ -60,7 +61,13 @@ def check(path: str | Path, progress: bool = False) -> list[Problem]:
             feature = Feature(name, info.shape[1:], _dtype_name(info))
         steps = min(info.shape[0], int(ends[-1])) if valid else info.shape[0]
         inside = ends[ends <= steps] if valid else np.array([steps])
-        array = zarr.open_array(store, path=info.path, mode="r", zarr_format=layout.zarr_format)
+        try:
+            array = open_array(store, info.path, layout.zarr_format)
+        except DataError as error:
+            layout.error(
+                info.path, str(error).removeprefix(f"{info.path}: ").partition(";")[0], f"restore it from a copy, or {REPAIR}"
+            )
+            continue
         moved = _ArrayCheck(layout, info, feature, inside).run(array, steps)
         if moved is not None and valid and steps == ends[-1]:
             movement[name] = moved
@@ -97,13 +104,12 @@ class _ArrayCheck:
         fractions = False
         rows = array.chunks[0]
         for start in range(0, steps, rows):
+            stop = min(start + rows, steps)
             try:
-                block = np.asarray(array[start : min(start + rows, steps)]).reshape(min(rows, steps - start), -1)
-            except MemoryError:
-                raise
-            except Exception as error:  # a codec may raise anything on damaged bytes
-                damaged.append(start // rows)
-                reason, previous = error, None
+                block = read_rows(array, self.info.path, start, stop).reshape(stop - start, -1)
+            except DataError as error:
+                damaged.append(start)
+                reason, previous = error.__cause__ or error, None
                 continue
             if block.dtype.kind == "f":
                 finite = np.isfinite(block).all(axis=1)
@@ -119,10 +125,9 @@ class _ArrayCheck:
                 times.append(block[:, 0].astype(np.float64))
         where = self.info.path
         if damaged:
-            first = damaged[0] * rows
-            text = f"{len(damaged)} chunks cannot be decoded, the first at steps {first}:{first + rows} ({reason})"
+            text = f"{len(damaged)} chunks cannot be decoded, the first at steps {damaged[0]}:{damaged[0] + rows} ({reason})"
             self.layout.error(
-                where, text, f"restore the chunk from a copy, or {REPAIR} to drop {self._episodes(np.array(damaged) * rows)}"
+                where, text, f"restore the chunk from a copy, or {REPAIR} to drop {self._episodes(np.array(damaged))}"
             )
         if bad_steps:
             text = f"NaN or infinity at {len(bad_steps)} steps, the first {bad_steps[0]}"

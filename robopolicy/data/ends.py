@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import zarr
+from zarr.abc.store import Store
 
+from robopolicy.data.arrays import open_array, read_rows
 from robopolicy.data.layout import ENDS, REPAIR, Layout
+from robopolicy.errors import DataError
 
 
-def read_ends(store: Any, layout: Layout) -> np.ndarray:
+def read_ends(store: Store, layout: Layout) -> np.ndarray:
     """Values of ``meta/episode_ends`` as the scanned metadata counts them; empty, with a problem noted, when unreadable."""
     if layout.ends is None:
         return np.zeros(0, np.int64)
     try:
-        array = zarr.open_array(store, path=ENDS, mode="r", zarr_format=layout.zarr_format)
-        return np.asarray(array[: layout.ends.shape[0]]).astype(np.int64)
-    except MemoryError:
-        raise
-    except Exception as error:  # a codec may raise anything on damaged bytes
-        layout.error(ENDS, f"cannot be decoded ({error})", "restore it from a copy; without it nothing says where episodes end")
+        array = open_array(store, ENDS, layout.zarr_format)
+        return read_rows(array, ENDS, 0, layout.ends.shape[0]).astype(np.int64)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{ENDS}: ").partition(";")[0]
+        layout.error(ENDS, reason, "restore it from a copy; without it nothing says where episodes end")
         return np.zeros(0, np.int64)
 
 

@@ -18,6 +18,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from robopolicy.data.arrays import open_array, read_rows
 from robopolicy.data.ends import check_ends, read_ends
 from robopolicy.data.layout import ENDS, REPAIR, ROOT_KEY, SCHEMA, Layout, missing_chunks, scan, stale_files
 from robopolicy.data.sources import FeatureSource, Mapped, infer_source, map_feature
@@ -137,7 +138,10 @@ class Episodes:
         self.attrs: dict[str, Any] = dict(layout.provenance)
         self.declared = layout.features is not None
         usable = {n: layout.arrays[n] for n in layout.features or layout.arrays if layout.arrays[n].shape[0] >= self.num_steps}
-        self._arrays = {name: self._open_array(info.path) for name, info in usable.items()}
+        try:
+            self._arrays = {name: self._open_array(info.path) for name, info in usable.items()}
+        except DataError as error:
+            raise DataError(f"'{self.path}': {error}") from error
         self._mapped: dict[str, Mapped] = {}
         for name, info in usable.items():
             if layout.features is None:
@@ -158,9 +162,7 @@ class Episodes:
             self._cut_tails(layout)
 
     def _open_array(self, path: str) -> Any:
-        # Missing chunks must stay recognisable as damage, so all-zero chunks are written too.
-        array = zarr.open_array(self._store, path=path, mode=self._mode, zarr_format=self.zarr_format)
-        return array.with_config({"write_empty_chunks": True})
+        return open_array(self._store, path, self.zarr_format, self._mode)
 
     def _cut_tails(self, layout: Layout) -> None:
         """Remove what killed writers left beyond the last committed episode."""
@@ -229,13 +231,9 @@ class Episodes:
 
     def _slice(self, key: str, start: int, stop: int) -> np.ndarray:
         try:
-            return np.asarray(self._arrays[key][start:stop])
-        except MemoryError:
-            raise
-        except Exception as error:  # a codec may raise anything on damaged bytes
-            raise DataError(
-                f"'{self.path}': data/{key}: steps {start}:{stop} cannot be decoded ({error}); {REPAIR}, it keeps the rest"
-            ) from error
+            return read_rows(self._arrays[key], f"data/{key}", start, stop)
+        except DataError as error:
+            raise DataError(f"'{self.path}': {error}") from error
 
     def append(self, episode: Mapping[str, np.ndarray]) -> int:
         """Add one episode, all of it or nothing, and return its index.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
+from robopolicy.data.arrays import open_array, read_rows
 from robopolicy.data.ends import read_ends
 from robopolicy.data.episodes import Episodes, check_values
 from robopolicy.data.layout import ArrayInfo, Layout, missing_chunks, scan
@@ -73,7 +73,7 @@ def _rebuild(path: Path, target: Path, progress: bool) -> tuple[int, int, list[s
         raise DataError(
             f"'{path}': no array can be read, so nothing can be saved; {layout.errors[0] if layout.errors else 'it is empty'}"
         )
-    source = _Source(files, layout)
+    source = _Source(files, layout, dropped)
     if layout.features is not None:
         dropped += [f"array data/{name}: not declared as a feature" for name in layout.arrays if name not in layout.features]
     features = {name: mapped.feature for name, mapped in source.mapped.items()}
@@ -97,13 +97,19 @@ def _rebuild(path: Path, target: Path, progress: bool) -> tuple[int, int, list[s
 class _Source:
     """The readable part of a damaged store."""
 
-    def __init__(self, files: Files, layout: Layout) -> None:
+    def __init__(self, files: Files, layout: Layout, dropped: list[str]) -> None:
         store = files.zarr_store(layout.blosc)
-        self._arrays = {
-            n: zarr.open_array(store, path=a.path, mode="r", zarr_format=layout.zarr_format)
-            for n, a in layout.arrays.items()
-            if layout.features is None or n in layout.features
-        }
+        self._arrays: dict[str, Any] = {}
+        for name, info in layout.arrays.items():
+            if layout.features is None or name in layout.features:
+                try:
+                    self._arrays[name] = open_array(store, info.path, layout.zarr_format)
+                except DataError as error:
+                    dropped.append(f"array {error}")
+        if not self._arrays:
+            raise DataError(
+                f"'{files.path}': no declared array can be read, so nothing can be saved; restore a copy of the store"
+            )
         infos = {name: layout.arrays[name] for name in self._arrays}
         self.steps = min((info.shape[0] for info in infos.values()), default=0)
         self.mapped = {name: self._map(info, layout) for name, info in infos.items()}
@@ -124,25 +130,17 @@ class _Source:
 
     def _sample(self, info: ArrayInfo) -> np.ndarray:
         try:
-            return np.asarray(self._arrays[info.name][:8])
-        except MemoryError:
-            raise
-        except Exception:  # the first chunk is damaged: no sample, so no guess; reading the episode reports it
+            return read_rows(self._arrays[info.name], info.path, 0, min(8, info.shape[0]))
+        except DataError:  # the first chunk is damaged: no sample, so no guess; reading the episode reports it
             return np.zeros((0, *info.shape[1:]), info.dtype)
 
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """One episode. Raises DataError naming the first thing wrong with it."""
         values: dict[str, np.ndarray] = {}
         for name, mapped in self.mapped.items():
-            array: Any = self._arrays[name]
             if any(a < stop and start < b for a, b in self._gaps.get(name, [])):
                 raise DataError(f"data/{name}: a chunk is missing")
-            try:
-                raw = np.asarray(array[start:stop])
-            except MemoryError:
-                raise
-            except Exception as error:  # a codec may raise anything on damaged bytes
-                raise DataError(f"data/{name}: a chunk cannot be decoded ({error})") from error
+            raw = read_rows(self._arrays[name], f"data/{name}", start, stop)
             values[name] = check_values(mapped.convert(raw), mapped.feature)
         return values
 

@@ -123,8 +123,10 @@ class CommitStore(GuardedStore):
         self._touched.add(path.parent)
 
     def publish(self, last: str) -> None:
-        """Write the metadata held back, that under the prefix ``last`` at the very end. Raises OSError (full disk)."""
-        self._sync()
+        """Write the metadata held back, that under the prefix ``last`` at the very end. Raises OSError (full disk).
+
+        Everything before is on the disk, names included, before ``last`` is touched; power may fail at any instant, too.
+        """
         for key in [key for key in self._pending if not key.startswith(last)]:
             self._replace(key)
         self._sync()

@@ -125,6 +125,8 @@ class EpisodeWriter:
                         self._episodes.extend(item)
                     except DataError as error:
                         self._error = error
+                    except Exception as error:  # nothing may end this thread silently: the next commit would wait for ever
+                        self._error = DataError(f"'{self._episodes.path}': writing failed ({type(error).__name__}: {error})")
                 continue
             what, answer = item
             try:

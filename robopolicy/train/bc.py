@@ -365,7 +365,7 @@ class Metrics:
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", buffering=1)  # a line at a time, so that others can follow
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -112,6 +112,6 @@ def pick(here: np.ndarray, cube: np.ndarray, yaw: float, width: float, lead: flo
     around = aside < 0.012 and above < 0.006  # the cube is between the pads
     if aside < 0.016 and above < 0.02 and width < 0.0425:  # and they hold it
         return np.array([*towards(here, np.array([here[0], here[1], top]), lead), yaw, 0.0])
-    height = cube[2] - 0.004 + hover * ramp(aside, 0.01, 0.05)
+    height = cube[2] - 0.004 + hover * ramp(aside, 0.006, 0.04)
     goal = np.array([cube[0], cube[1], height])
     return np.array([*towards(here, goal, lead), yaw, 0.0 if around else OPEN])

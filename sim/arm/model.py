@@ -197,7 +197,7 @@ def scene(objects: str = "", tool: str = "") -> str:
     return f"""
 <mujoco model="arm">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="pyramidal" impratio="10" iterations="10" ls_iterations="10"
+  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="pyramidal" impratio="10" iterations="50" ls_iterations="50"
           tolerance="1e-7"/>
   <size memory="1M"/>
   <visual>
