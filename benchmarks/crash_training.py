@@ -27,9 +27,10 @@ import yaml
 from robopolicy.config import parse
 from robopolicy.data.episodes import Episodes
 from robopolicy.features import Feature
-from robopolicy.train.bc import Trainer, read_metrics
+from robopolicy.train.bc import Trainer
 from robopolicy.train.checkpoint import read_tensors
 from robopolicy.train.experiment import Experiment
+from robopolicy.train.metrics import read_metrics
 
 EVERY = 10
 LOG_EVERY = 2

@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.evaluate.report import write_report
     from robopolicy.evaluate.run import SEEDS, evaluate
     from robopolicy.policy import load_policy
-    from robopolicy.train.bc import Trainer, learning_curve
+    from robopolicy.train.bc import Trainer
     from robopolicy.train.experiment import Experiment
+    from robopolicy.train.metrics import learning_curve
 
     if not CONFIG.exists():
         raise ConfigError(

@@ -18,9 +18,10 @@ from robopolicy.data.episodes import Episodes
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
 from robopolicy.features import Feature
 from robopolicy.policy import load_policy
-from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning_rate, read_metrics, use_bf16
+from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning_rate, use_bf16
 from robopolicy.train.ema import EMAConfig, averaged
 from robopolicy.train.experiment import Experiment, TrainConfig
+from robopolicy.train.metrics import read_metrics
 
 FEATURES = {
     "position": Feature("position", (2,), unit="m", rate=10.0),

@@ -7,7 +7,6 @@ resumed run therefore needs only weights, their average, the optimiser's moments
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import sys
@@ -24,12 +23,13 @@ from tqdm import tqdm
 
 from robopolicy.data.windows import Windows
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
-from robopolicy.evaluate.run import SEEDS, Evaluation, evaluate
+from robopolicy.evaluate.run import SEEDS, evaluate
 from robopolicy.policy import Policy
 from robopolicy.provenance import provenance
 from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
 from robopolicy.train.ema import averaged
 from robopolicy.train.experiment import Experiment, TrainConfig, build_untrained, open_data
+from robopolicy.train.metrics import Metrics
 
 TRAIN_FORMAT = 1
 
@@ -147,7 +147,6 @@ class Trainer:
         self.best: list[tuple[float, int]] = []  # (score, step), best first
         self.permutations: dict[int, np.ndarray] = {}
         self.stop_signal: int | None = None
-        self.last_evaluation: Evaluation | None = None
         if resume:
             self._restore(self.checkpoints.path(done[-1]))
 
@@ -256,7 +255,6 @@ class Trainer:
             num_workers=config.num_workers,
             progress=False,
         )
-        self.last_evaluation = result
         success, score = result.success.mean, result.max_reward.mean
         self.best = sorted([*self.best, (score, self.step)], key=lambda item: (-item[0], -item[1]))[: self.config.keep_best]
         return {"eval/success": success, "eval/max_reward": score}
@@ -354,59 +352,6 @@ class Trainer:
             if self.step >= self.config.steps:
                 raise
             tqdm.write(f"warning: {error}; training goes on and tries again at the next checkpoint", file=sys.stderr)
-
-
-class Metrics:
-    """``metrics.jsonl`` (read by the report) and TensorBoard events; rows after a resumed step are dropped."""
-
-    def __init__(self, out: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = out / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a", buffering=1)  # a line at a time, so that others can follow
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        self.file.flush()
-        self.board.flush()
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.file.close()
-        self.board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of ``metrics.jsonl``; a last line that a killed process left half-written is dropped."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def learning_curve(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves of a run for its report: metric name -> (step, value)."""
-    names = {
-        "train/loss": "training loss",
-        "val/loss": "validation loss",
-        "eval/success": "success",
-        "eval/max_reward": "max reward",
-    }
-    rows = read_metrics(out / "metrics.jsonl")
-    curves = {title: [(row["step"], row[key]) for row in rows if key in row] for key, title in names.items()}
-    return {title: points for title, points in curves.items() if points}
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
