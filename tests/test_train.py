@@ -123,6 +123,14 @@ def test_the_best_table_and_metrics_survive_a_resume(store: Path, tmp_path: Path
     assert steps == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
+def test_a_resumed_run_keeps_the_precision_it_began_with(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = trainer(config(store), tmp_path)
+    first.train_step()
+    first.save()
+    monkeypatch.setattr("robopolicy.train.bc.use_bf16", lambda *_: not first.bf16)
+    assert trainer(config(store), tmp_path, resume=True).bf16 == first.bf16
+
+
 def test_every_epoch_visits_every_window_once_and_in_its_own_order() -> None:
     cache: dict[int, np.ndarray] = {}
     epochs = [np.concatenate([batch_indices(e * 5 + i, 50, 10, 3, cache) for i in range(5)]) for e in range(2)]

@@ -291,7 +291,7 @@ class Trainer:
             "step": self.step,
             "data": {"path": self.experiment.data.path, **self._data_identity()},
         }
-        state = {"format": TRAIN_FORMAT, "step": self.step, "best": self.best, "data": self._data_identity()}
+        state = {"format": TRAIN_FORMAT, "step": self.step, "best": self.best, "bf16": self.bf16, "data": self._data_identity()}
         path = self.checkpoints.write(
             self.step,
             {
@@ -333,6 +333,7 @@ class Trainer:
                     self.device if self.device.type == "cuda" else "cpu"
                 )
             self.step = int(state["step"])
+            self.bf16 = bool(state["bf16"])  # what "auto" chose then: it may choose otherwise on another machine or version
             self.best = [(float(score), int(step)) for score, step in state["best"]]
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
