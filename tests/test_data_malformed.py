@@ -260,7 +260,7 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "ends not increasing": ("v3", values(ENDS, lambda a: a.__setitem__(1, 19)), r"episode_ends: entry 1 \(19\) is before"),
     "episode without steps": ("v3", values(ENDS, lambda a: a.__setitem__(1, 20)), "episode_ends: episode 1 has no steps"),
     "end beyond the data": ("v3", values(ENDS, lambda a: a.__setitem__(2, 66)), "65 steps, but episodes end at 66"),
-    "ends chunk cut": ("v3", cut(f"{ENDS}/c.0", 0.5), "episode_ends: cannot be decoded"),
+    "ends chunk cut": ("v3", cut(f"{ENDS}/c.0", 0.5), "episode_ends: .*cannot be decoded"),
     "ends chunk missing": ("v3", remove(f"{ENDS}/c.0"), "episode_ends"),
     "objects by pickle": ("v2", pickled, "data/state: .*pickle"),
     "pickle codec on numbers": ("v2", pickled_codec_only, "data/state: codec 'pickle' stores Python objects"),
@@ -271,7 +271,6 @@ CASES: dict[str, tuple[str, Spoil, str]] = {
     "unknown compressor": ("v2", put("data/state/.zarray", compressor={"id": "evil"}), "data/state: codec 'evil'"),
     "fill value of text": ("v2", put("data/state/.zarray", fill_value="abc"), "data/state: metadata that zarr cannot use"),
     "odd order": ("v2", put("data/state/.zarray", order="X"), "data/state: metadata that zarr cannot use"),
-    "odd codec settings": ("v2", put("data/state/.zarray", compressor={"id": "blosc", "cname": []}), "data/state: "),
     "fill value of text, format 3": ("v3", put(STATE, fill_value="abc"), "data/state: metadata that zarr cannot use"),
     "no bytes codec": (
         "v3",
