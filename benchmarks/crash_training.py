@@ -32,6 +32,7 @@ from robopolicy.train.checkpoint import read_tensors
 from robopolicy.train.experiment import Experiment
 from robopolicy.train.metrics import read_metrics
 
+# The campaign must use one version of the code throughout: do not edit the package while it runs.
 EVERY = 10
 LOG_EVERY = 2
 
