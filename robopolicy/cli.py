@@ -64,7 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is not None and verb not in VERBS:
         print(f"robopolicy: unknown verb '{verb}': {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
-    args = build_parser(verb).parse_args(argv)
+    parser = build_parser(verb)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positionals in one run; overrides may also follow an option, as in `train CONFIG --out DIR seed=1`.
+    if hasattr(args, "overrides") and all("=" in a and not a.startswith("-") for a in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(importlib.import_module(VERBS[args.verb][0]).run(args))
     except RobopolicyError as error:

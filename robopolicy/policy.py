@@ -166,8 +166,9 @@ class Policy(nn.Module):
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""
         obs: Mapping[str, Tensor] = batch["obs"]
-        action = self.action_transform.encode(batch["action"].float(), self._reference(obs))
-        x0 = self.normalizer("action").normalize(action)
+        with torch.autocast(self.device.type, enabled=False):  # it would round the products of rigid transforms to bfloat16
+            action = self.action_transform.encode(batch["action"].float(), self._reference(obs))
+            x0 = self.normalizer("action").normalize(action)
         ctx, is_pad = self.encode(obs, generator), batch["action_is_pad"]
         return denoising_loss(self.net, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
 

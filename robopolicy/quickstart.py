@@ -108,8 +108,10 @@ def _start_afresh(out: Path) -> None:
 
     if not out.exists():
         return
-    known = {"demonstrations.zarr", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", "result.json", "report.html"}
-    if foreign := sorted(p.name for p in out.iterdir() if p.name not in known):
+    demonstrations = "demonstrations.zarr"  # without them it is a run of `robopolicy train`, which may have taken a day
+    known = {demonstrations, "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", "result.json", "report.html", "eval"}
+    found = {p.name for p in out.iterdir()}
+    if foreign := sorted(found - known if demonstrations in found else found):
         raise ConfigError(
             f"'{out}' holds files that are no quickstart's ({', '.join(foreign[:3])}); choose another folder with --out"
         )

@@ -85,9 +85,12 @@ def find_task(name: str) -> type[Task]:
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module_name), attribute)
+            cls = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
             raise TaskError(f"task '{name}' cannot be imported: {error}") from error
+        if not (isinstance(cls, type) and issubclass(cls, Task)):  # names come from checkpoints too: build nothing else
+            raise TaskError(f"'{name}' is no task; name a class derived from robopolicy.task.Task")
+        return cls
     for point in entry_points(group=ENTRY_POINTS):
         if point.name == name:
             try:

@@ -76,6 +76,17 @@ def test_mistakes_are_one_line_with_the_mend_and_exit_2(
     assert error.count("\n") == 1
 
 
+def test_overrides_may_stand_before_and_after_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["train", "configs/lift_flow.yaml", "seed=3", "--print-config", "train.steps=7", "--out", "x", "name=y"]) == 0
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in ("seed: 3", "steps: 7", "name: y"))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "configs/lift_flow.yaml", "--print-confg", "train.steps=7"])
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(RobopolicyError):
         cli.main(["--debug", "tasks", "lfit"])

@@ -81,7 +81,8 @@ def _build(episodes: Episodes, name: str, path: Path) -> None:
     shape = (episodes.num_steps, *feature.shape)
     family = path.name.rpartition("-")[0]
     temporary = path.with_name(f"{family}.partial")
-    with temporary.open("ab") as lock:
+    # A file of its own, never renamed or removed: whoever waits for it waits for the same file as those who come later.
+    with path.with_name(f"{family}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one builder at a time; a killed builder's lock vanishes and its file is overwritten
         if path.exists():
             return

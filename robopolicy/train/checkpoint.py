@@ -97,18 +97,17 @@ class CheckpointFolder:
             CheckpointError: The disk is full or not writable; earlier checkpoints are untouched.
         """
         final, partial = self.path(step), self.folder / f".partial_{step:08d}"
-        if final.exists():  # training is deterministic: what is there is what would be written
-            return final
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(".partial_*"):  # a killed process left it
                 shutil.rmtree(stale)
-            partial.mkdir()
-            for name, (tensors, document) in parts.items():
-                write_tensors(partial / name, tensors, document)
-            _flush(partial)
-            partial.rename(final)
-            _flush(self.folder)
+            if not final.exists():  # training is deterministic: what is there is what would be written
+                partial.mkdir()
+                for name, (tensors, document) in parts.items():
+                    write_tensors(partial / name, tensors, document)
+                _flush(partial)
+                partial.rename(final)
+                _flush(self.folder)
             link = self.folder / ".last"
             link.unlink(missing_ok=True)
             link.symlink_to(final.name)
@@ -124,7 +123,9 @@ class CheckpointFolder:
         """Delete the checkpoints whose step is not in ``keep``; the newest always stays."""
         for step in self.steps()[:-1]:
             if step not in keep:
-                shutil.rmtree(self.path(step))
+                doomed = self.folder / f".partial_{step:08d}"  # killed half-way, it must not pass for a checkpoint
+                self.path(step).rename(doomed)
+                shutil.rmtree(doomed)
 
 
 def find_policy(path: str | Path) -> Path:
