@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from robopolicy.config import parse
 from robopolicy.data import store as store_module
+from robopolicy.data.check import check
 from robopolicy.data.combine import pack
 from robopolicy.data.episodes import Episodes, FeatureSource
 from robopolicy.errors import ConfigError, DataError
@@ -382,3 +383,21 @@ def test_the_human_push_t_set_reads_with_a_mapping() -> None:
     # The action is the position that the agent is sent to, so the agent follows it.
     lag = np.linalg.norm(first["action"][:-1] - first["agent_pos"][1:], axis=1)
     assert np.median(lag) < 20
+
+
+def test_gaps_beyond_the_last_episode_are_no_damage(tmp_path: Path) -> None:
+    """A writer was killed while publishing, and the next one while removing what that one had left."""
+    path = tmp_path / "set.zarr"
+    expected = [make_episode(0, 20)]
+    with Episodes.create(path, FEATURES) as episodes:
+        episodes.append(expected[0])
+    file = path / "data" / "image" / "zarr.json"
+    value = json.loads(file.read_text())
+    value["shape"][0] = 80
+    file.write_text(json.dumps(value))
+    assert [p.severity for p in check(path)] == ["warning"]
+    assert_holds(path, expected)
+    expected.append(make_episode(1, 25))
+    with Episodes.open(path, "a") as episodes:
+        episodes.append(expected[1])
+    assert_holds(path, expected)

@@ -40,7 +40,7 @@ def check(path: str | Path, progress: bool = False) -> list[Problem]:
     ends = read_ends(store, layout)
     check_ends(ends, layout)
     for info in layout.arrays.values():
-        if missing := missing_chunks(files, info):
+        if missing := missing_chunks(files, info, int(ends.max()) if len(ends) else None):
             text = f"{len(missing)} chunks are missing, the first '{missing[0]}'; they read as the fill value"
             if layout.features is not None:
                 layout.error(info.path, text, f"{REPAIR} to drop the episodes that they held")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -150,9 +149,7 @@ class Episodes:
                 self._mapped[name] = map_feature(name, guess, usable, {})
             else:
                 self._mapped[name] = Mapped(layout.features[name], name)
-                # Beyond the last episode a writer killed while it removed its predecessor's remains leaves gaps that mean nothing.
-                committed = replace(info, shape=(self.num_steps, *info.shape[1:]))
-                if missing := missing_chunks(self._files, committed):
+                if missing := missing_chunks(self._files, info, self.num_steps):
                     raise DataError(
                         f"'{self.path}': {info.path}: chunk '{missing[0]}' is missing ({len(missing)} in all); {REPAIR}"
                     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -160,8 +160,13 @@ def scan(files: Files) -> Layout:
     return layout
 
 
-def missing_chunks(files: Files, info: ArrayInfo) -> list[str]:
-    """Keys of chunks that the shape calls for and the store lacks; zarr would read them as the fill value."""
+def missing_chunks(files: Files, info: ArrayInfo, steps: int | None = None) -> list[str]:
+    """Keys of chunks that the first ``steps`` (default: all) call for and the store lacks; zarr reads them as the fill value.
+
+    Beyond the last episode gaps mean nothing: a writer killed while it removed what its predecessor left makes them.
+    """
+    if steps is not None:
+        info = replace(info, shape=(min(steps, info.shape[0]), *info.shape[1:]))
     prefix = len(info.path) + 1
     present = {key[prefix:] for key, _, _ in files.walk(info.path)}
     return [key for key in info.chunk_keys() if key not in present]
