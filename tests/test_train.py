@@ -18,7 +18,7 @@ from robopolicy.data.episodes import Episodes
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
 from robopolicy.features import Feature
 from robopolicy.policy import load_policy
-from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning_rate, use_bf16
+from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning_rate, to_tensors, use_bf16
 from robopolicy.train.ema import EMAConfig, averaged
 from robopolicy.train.experiment import Experiment, TrainConfig
 from robopolicy.train.metrics import read_metrics
@@ -170,6 +170,55 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_mend(store: Path,
         next(run.policy.net.parameters()).fill_(float("nan"))
     with pytest.raises(RobopolicyError, match=r"diverged at step 2.*lower train\.lr"):
         run.run()
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(store: Path, tmp_path: Path) -> None:
+    run = trainer(config(store), tmp_path)
+    run.train_step()
+    run.save()
+    with torch.no_grad():
+        next(run.policy.net.parameters()).fill_(float("nan"))
+    run.train_step()
+    with pytest.raises(RobopolicyError, match="not finite"):
+        run.save()
+    assert run.checkpoints.steps() == [1]
+
+
+def test_the_best_evaluations_have_checkpoints(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {**config(store), "task": {"name": "lift"}, "eval": {"episodes": 1, "every": 5}}
+    run = trainer(value, tmp_path)
+
+    def evaluated() -> dict[str, float]:
+        run.best = [(1.0, 5)]
+        return {"eval/success": 1.0}
+
+    monkeypatch.setattr(run, "_evaluate", evaluated)
+    run.run()
+    assert run.checkpoints.steps() == [5, 12]
+
+
+def test_bf16_does_not_round_what_the_policy_shall_learn(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def loss(_net: object, _path: object, _kind: object, x0: torch.Tensor, ctx: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(x0)
+        return (ctx * 0).sum()
+
+    monkeypatch.setattr("robopolicy.policy.denoising_loss", loss)
+    features = {"pose": Feature("pose", (7,)), "action": Feature("action", (7,))}
+    rng = np.random.default_rng(0)
+    path = tmp_path / "poses.zarr"
+    with Episodes.create(path, features) as episodes:
+        episodes.append({name: rng.normal(size=(30, 7)).astype(np.float32) for name in features})
+    value = config(store, data={"path": str(path), "observations": ["pose"], "val_fraction": 0.0})
+    pose = {"start": 0, "rotation": "quat_xyzw", "reference": ["pose"]}
+    value["policy"]["action"] = {"type": "relative", "poses": [pose]}
+    run = trainer(value, tmp_path / "run")
+    batch = to_tensors(run.data.train.batch(np.arange(8)), run.device)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            run.policy.loss(batch, run.generator)
+    assert torch.equal(*seen)
 
 
 def test_a_full_disk_in_training_warns_and_training_goes_on(

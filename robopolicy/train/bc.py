@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from robopolicy.data.store import write_file
 from robopolicy.data.windows import Windows
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
 from robopolicy.evaluate.run import SEEDS, evaluate
@@ -192,7 +193,7 @@ class Trainer:
         """Train to ``config.steps``. Returns the exit code: 0, or 128 + signal after a signal (everything saved)."""
         self.out.mkdir(parents=True, exist_ok=True)
         config = self.experiment.model_dump(mode="json")
-        (self.out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_file(self.out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         with Metrics(self.out, self.step) as metrics, _signals(self._on_signal), self._progress() as bar:
             logged, started = self.step, time.perf_counter()
             while self.step < self.config.steps and self.stop_signal is None:
@@ -212,9 +213,10 @@ class Trainer:
                     bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
                     logged, started = self.step, time.perf_counter()
                 paused = time.perf_counter()
-                if self.experiment.eval.episodes and self._due(self.experiment.eval.every):
+                evaluated = self.experiment.eval.episodes > 0 and self._due(self.experiment.eval.every)
+                if evaluated:
                     metrics.write(self.step, self._evaluate())
-                if self._due(self.config.checkpoint_every):
+                if evaluated or self._due(self.config.checkpoint_every):  # the table of the best names checkpoints that exist
                     if self.data.val is not None:
                         metrics.write(self.step, {"val/loss": self.validation_loss(self.data.val)})
                     self._save_or_warn(metrics)
@@ -227,11 +229,14 @@ class Trainer:
 
     def _finite(self, loss: Tensor, norm: Tensor) -> float:
         if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
-            raise RobopolicyError(
-                f"training diverged at step {self.step}: loss {float(loss)}, gradient norm {float(norm)}; lower train.lr or "
-                f"raise train.warmup_steps; look at `robopolicy data check {self.experiment.data.path}`. Checkpoints are intact"
-            )
+            raise self._diverged(f"loss {float(loss)}, gradient norm {float(norm)}")
         return float(loss)
+
+    def _diverged(self, found: str) -> RobopolicyError:
+        return RobopolicyError(
+            f"training diverged at step {self.step}: {found}; lower train.lr or raise train.warmup_steps; look at "
+            f"`robopolicy data check {self.experiment.data.path}`. Checkpoints are intact"
+        )
 
     def validation_loss(self, windows: Windows, max_windows: int = 1024) -> float:
         """Loss of the averaged weights on held-out episodes, in evaluation mode, always with the same noise."""
@@ -280,7 +285,14 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write the checkpoint of the present step and drop those that are neither recent nor among the best."""
+        """Write the checkpoint of the present step and drop those that are neither recent nor among the best.
+
+        Raises:
+            CheckpointError: The disk is full.
+            RobopolicyError: The weights are not finite; they must not replace a checkpoint that is good.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise self._diverged("the weights are not finite")
         policy = self.averaged_policy
         task = None if self.experiment.task is None else self.experiment.task.model_dump(mode="json")
         source = {

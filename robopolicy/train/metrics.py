@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from robopolicy.data.store import write_file
+
 
 class Metrics:
     """``metrics.jsonl`` (read by the report) and TensorBoard events; rows after a resumed step are dropped."""
@@ -17,7 +19,7 @@ class Metrics:
 
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = self.path.open("a", buffering=1)  # a line at a time, so that others can follow
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
