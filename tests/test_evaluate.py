@@ -195,6 +195,13 @@ def test_seeds_must_exist_differ_and_not_be_negative(seeds):
         quick(Pull(), seeds)
 
 
+def test_a_checkpoint_cannot_have_something_built_that_is_no_task(tmp_path):
+    spec = TaskSpec("subprocess:Popen", {"args": ["touch", str(tmp_path / "executed")]})
+    with pytest.raises(TaskError, match="is no task"):
+        quick(Pull(), spec=spec)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_task_that_does_not_fit_the_policy_is_refused():
     with pytest.raises(TaskError, match="unit mm"):
         quick(Pull(), spec=TaskSpec("test_evaluate:Slide", {"unit": "mm"}))

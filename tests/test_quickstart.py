@@ -56,3 +56,11 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.
     assert cli.main(["quickstart", "--out", str(tmp_path), *SHORT]) == 2
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_of_train_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("name: took_a_day")
+    (tmp_path / "checkpoints").mkdir()
+    assert cli.main(["quickstart", "--out", str(tmp_path), *SHORT]) == 2
+    assert "no quickstart's" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").exists()
