@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robopolicy.config import Config, component, full, parse
 from robopolicy.data.actions import ActionConfig, ActionTransform
 from robopolicy.data.normalize import Mode, Normalizer
-from robopolicy.errors import CheckpointError, ConfigError, DataError
+from robopolicy.errors import CheckpointError, ConfigError, DataError, nearest
 from robopolicy.features import Feature
 from robopolicy.generative.fields import Leaf
 from robopolicy.generative.losses import LossConfig, denoising_loss
@@ -113,7 +113,15 @@ class Policy(nn.Module):
         self.path: GaussianPath = _build("path", config.path)
         self.sampler: Sampler = _build("sampler", config.sampler)
         self.action_transform = ActionTransform(config.action, action_feature, self.observation_features)
+        for name in self.observation_features:
+            if "." in name or hasattr(nn.ModuleDict, name):  # names of modules, too
+                raise DataError(
+                    f"observation '{name}': a policy cannot use a name with a dot or of a method; rename it in data.features, "
+                    f"for example state: {{key: {name}}}"
+                )
         vectors = [name for name, feature in self.observation_features.items() if not feature.is_image]
+        if unknown := set(config.normalize) - {*vectors, "action"}:
+            raise ConfigError(f"policy.normalize: unknown key '{min(unknown)}': {nearest(min(unknown), [*vectors, 'action'])}")
         if missing := {*vectors, "action"} - set(normalizers):
             raise DataError(f"no normaliser for {', '.join(sorted(missing))}; fit one for every vector feature and for 'action'")
         self.normalizers = nn.ModuleDict({name: normalizers[name] for name in [*vectors, "action"]})
@@ -257,10 +265,21 @@ def build_policy(document: Mapping[str, Any], where: str) -> Policy:
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"checkpoint '{where}': {error}") from error
     transform = ActionTransform(config.action, action_feature, observations)
-    mode = {**dict.fromkeys([*observations, "action"], config.default_normalize), **config.normalize}
-    normalizers = {name: Normalizer(feature.size, mode[name]) for name, feature in observations.items() if not feature.is_image}
-    normalizers["action"] = Normalizer(action_statistics_size(config, transform), mode["action"])
+    modes = normalizer_modes(config, observations)
+    normalizers = {name: Normalizer(feature.size, modes[name]) for name, feature in observations.items() if not feature.is_image}
+    normalizers["action"] = Normalizer(action_statistics_size(config, transform), modes["action"])
     return Policy(config, observations, action_feature, normalizers)
+
+
+def normalizer_modes(config: PolicyConfig, observations: Mapping[str, Feature]) -> dict[str, Mode]:
+    """How each vector observation, and ``"action"``, is normalised.
+
+    Rotations are left alone unless the config names them: their entries lie in [-1, 1] by nature, and those that hardly change in
+    the demonstrations (a tilt of a milliradian) would be blown up to the whole range.
+    """
+    vectors = {name: feature for name, feature in observations.items() if not feature.is_image}
+    natural = {name: "identity" if f.unit in ("rot6d", "quat_xyzw") else config.default_normalize for name, f in vectors.items()}
+    return {**natural, "action": config.default_normalize, **config.normalize}
 
 
 def action_statistics_size(config: PolicyConfig, transform: ActionTransform) -> int:

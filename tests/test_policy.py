@@ -13,7 +13,7 @@ from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.errors import CheckpointError, ConfigError, DataError
 from robopolicy.features import Feature
-from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
+from robopolicy.policy import Policy, PolicyConfig, load_policy, normalizer_modes, read_provenance
 
 OBSERVATIONS = {
     "position": Feature("position", (2,), unit="m"),
@@ -108,6 +108,13 @@ def test_observations_that_do_not_fit_are_refused(change: Callable[[dict], Any],
         policy().act(obs, generators(1, 2, 3))
 
 
+def test_rotations_keep_their_range_unless_named() -> None:
+    features = {"tilt": Feature("tilt", (6,), unit="rot6d"), "place": Feature("place", (3,), unit="m")}
+    assert normalizer_modes(PolicyConfig(), features) == {"tilt": "identity", "place": "minmax", "action": "minmax"}
+    named = PolicyConfig(normalize={"tilt": "meanstd"})
+    assert normalizer_modes(named, features)["tilt"] == "meanstd"
+
+
 def test_what_cannot_be_built_is_refused() -> None:
     with pytest.raises(ConfigError, match="exceeds horizon 8"):
         policy(n_action_steps=8)
@@ -161,3 +168,14 @@ def test_a_policy_document_that_was_tampered_with_is_refused_in_one_line(tmp_pat
         load_policy(tmp_path)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["observation.state", "keys"])
+def test_observation_names_that_modules_cannot_have_are_explained(name: str) -> None:
+    with pytest.raises(DataError, match=r"rename it in data\.features"):
+        Policy(parse(PolicyConfig, {}), {name: Feature(name, (2,))}, ACTION, {})
+
+
+def test_a_misspelt_normaliser_names_the_nearest_feature() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'position'"):
+        policy(normalize={"positon": "meanstd"})

@@ -15,7 +15,7 @@ from robopolicy.data.episodes import Episodes, FeatureSource
 from robopolicy.data.normalize import Normalizer
 from robopolicy.data.windows import Windows, split_episodes
 from robopolicy.errors import ConfigError, nearest
-from robopolicy.policy import Policy, PolicyConfig, action_statistics_size
+from robopolicy.policy import Policy, PolicyConfig, action_statistics_size, normalizer_modes
 from robopolicy.task import TaskSpec
 from robopolicy.train.ema import EMAConfig
 
@@ -44,6 +44,12 @@ class DataConfig(Config):
     max_episodes: int | None = pydantic.Field(default=None, ge=1)
     val_fraction: float = pydantic.Field(default=0.02, ge=0.0, lt=1.0)
     cache_dir: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _not_the_answer(self) -> DataConfig:
+        if self.action in self.observations:
+            raise ValueError(f"observations hold '{self.action}', the action that is to be learnt; leave it out")
+        return self
 
 
 class TrainConfig(Config):
@@ -154,7 +160,7 @@ def fit_normalizers(
         columns["action"].append(action.reshape(-1, action_statistics_size(config, transform)).numpy().copy())
         for name in vectors:
             columns[name].append(batch["obs"][name][:, -1].reshape(len(batch["action"]), -1).copy())
-    modes = {name: config.normalize.get(name, config.default_normalize) for name in columns}
+    modes = normalizer_modes(config, observations)
     return {name: Normalizer.fit(np.concatenate(values), modes[name]) for name, values in columns.items()}
 
 
