@@ -275,9 +275,13 @@ def normalizer_modes(config: PolicyConfig, observations: Mapping[str, Feature]) 
     """How each vector observation, and ``"action"``, is normalised.
 
     Rotations are left alone unless the config names them: their entries lie in [-1, 1] by nature, and those that hardly change in
-    the demonstrations (a tilt of a milliradian) would be blown up to the whole range.
+    the demonstrations (a tilt of a milliradian) would be blown up to the whole range. Raises ConfigError for an unknown name.
     """
     vectors = {name: feature for name, feature in observations.items() if not feature.is_image}
+    if unknown := set(config.normalize) - {*vectors, "action"}:
+        raise ConfigError(
+            f"policy.normalize: no vector observation '{min(unknown)}'; {nearest(min(unknown), [*vectors, 'action'])}"
+        )
     natural = {name: "identity" if f.unit in ("rot6d", "quat_xyzw") else config.default_normalize for name, f in vectors.items()}
     return {**natural, "action": config.default_normalize, **config.normalize}
 

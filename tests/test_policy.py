@@ -113,6 +113,8 @@ def test_rotations_keep_their_range_unless_named() -> None:
     assert normalizer_modes(PolicyConfig(), features) == {"tilt": "identity", "place": "minmax", "action": "minmax"}
     named = PolicyConfig(normalize={"tilt": "meanstd"})
     assert normalizer_modes(named, features)["tilt"] == "meanstd"
+    with pytest.raises(ConfigError, match="no vector observation 'tlit'; did you mean 'tilt'"):
+        normalizer_modes(PolicyConfig(normalize={"tlit": "meanstd"}), features)
 
 
 def test_what_cannot_be_built_is_refused() -> None:
