@@ -45,10 +45,8 @@ class Lift(ArmTask):
         ]
 
     def _start_command(self, rng: np.random.Generator) -> np.ndarray:
-        # Half-closed grippers at the start show an imitator how to recover from closing too early.
-        start = super()._start_command(rng)
-        start[4] = rng.uniform(0.01, arm.GRIPPER_MAX_WIDTH)
-        return start
+        # Anywhere above the cubes, with any opening: demonstrations then show what to do after closing too early, or too high.
+        return rng.uniform([0.37, -0.16, 0.07, 0.0, 0.01], [0.57, 0.16, 0.25, 0.0, arm.GRIPPER_MAX_WIDTH])
 
     def _place(self, rng: np.random.Generator) -> None:
         x, y, yaw = rng.uniform(self.cube_low, self.cube_high)
