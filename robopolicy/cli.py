@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is not None and verb not in VERBS:
         print(f"robopolicy: unknown verb '{verb}': {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
+    sys.path.append(os.getcwd())  # tasks and networks of your own are named by dotted path; last, so that it shadows nothing
     parser = build_parser(verb)
     args, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one run; overrides may also follow an option, as in `train CONFIG --out DIR seed=1`.
@@ -84,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, for example `head`, has gone
         sys.stderr.close()
         return 141
+    except OSError as error:  # a full or read-only disk, a file where a folder should be: it names the path
+        if debug:
+            raise
+        print(f"robopolicy {args.verb}: {error}; mend the path, its permissions or the disk", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

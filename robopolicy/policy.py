@@ -120,8 +120,6 @@ class Policy(nn.Module):
                     f"for example state: {{key: {name}}}"
                 )
         vectors = [name for name, feature in self.observation_features.items() if not feature.is_image]
-        if unknown := set(config.normalize) - {*vectors, "action"}:
-            raise ConfigError(f"policy.normalize: unknown key '{min(unknown)}': {nearest(min(unknown), [*vectors, 'action'])}")
         if missing := {*vectors, "action"} - set(normalizers):
             raise DataError(f"no normaliser for {', '.join(sorted(missing))}; fit one for every vector feature and for 'action'")
         self.normalizers = nn.ModuleDict({name: normalizers[name] for name in [*vectors, "action"]})

@@ -97,3 +97,22 @@ def test_every_registered_task_is_shown(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.split() == task_names()
     assert cli.main(["tasks", "lift"]) == 0
     assert "Hz" in capsys.readouterr().out
+
+
+def test_a_module_in_the_working_folder_is_found_by_the_installed_command(tmp_path: Path) -> None:
+    (tmp_path / "my_task.py").write_text("from robopolicy.task import Task as Empty\n")
+    command = [str(Path(sys.executable).with_name("robopolicy")), "tasks", "my_task:Other"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "has no attribute 'Other'" in done.stderr
+
+
+def test_a_path_that_cannot_be_written_is_one_line_with_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_args: object) -> int:
+        raise NotADirectoryError(20, "Not a directory", str(tmp_path / "file" / "x"))
+
+    monkeypatch.setattr("robopolicy.tasks.run", run)
+    assert cli.main(["tasks"]) == 2
+    assert "Not a directory" in capsys.readouterr().err

@@ -176,8 +176,3 @@ def test_a_policy_document_that_was_tampered_with_is_refused_in_one_line(tmp_pat
 def test_observation_names_that_modules_cannot_have_are_explained(name: str) -> None:
     with pytest.raises(DataError, match=r"rename it in data\.features"):
         Policy(parse(PolicyConfig, {}), {name: Feature(name, (2,))}, ACTION, {})
-
-
-def test_a_misspelt_normaliser_names_the_nearest_feature() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'position'"):
-        policy(normalize={"positon": "meanstd"})
