@@ -76,21 +76,28 @@ def run(path: Path, kills: int, zarr_format: Literal[2, 3], seed: int) -> dict[s
     rng = np.random.default_rng(seed)
     Episodes.create(path, FEATURES, zarr_format=zarr_format).close()
     acknowledged = in_progress = lost = damaged = reads = bad_reads = 0
+    pace = 0.3  # seconds an episode takes
     for _ in range(kills):
         command = [sys.executable, __file__, "--record", str(path)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert child.stdout is not None
         if child.stdout.readline().strip() != "ready":
             raise RuntimeError("the recording process did not start")
-        deadline = time.monotonic() + rng.uniform(0.0, 1.0)
-        while time.monotonic() < deadline:
+        # By progress rather than by the clock: up to 3 more episodes, then a part of the time that one takes, on any machine.
+        began, before, target = time.monotonic(), acknowledged, acknowledged + int(rng.integers(0, 4))
+        stored = before
+        while stored < target and time.monotonic() < began + 120:
             try:
                 reader = Episodes.open(path)
-                bad_reads += not holds(reader, max(0, len(reader) - 2))
+                stored = len(reader)
+                bad_reads += not holds(reader, max(0, stored - 2))
             except DataError as error:
                 print(f"concurrent read: {error}", file=sys.stderr)
                 bad_reads += 1
             reads += 1
+        if stored > before:
+            pace = (time.monotonic() - began) / (stored - before)
+        time.sleep(rng.uniform(0, pace))
         child.send_signal(signal.SIGKILL)
         said = child.stdout.read().splitlines()
         acks = [int(line[4:]) for line in said if line.startswith("ack ") and line[4:].isdigit()]

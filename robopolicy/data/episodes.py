@@ -131,7 +131,7 @@ class Episodes:
     def _load(self, layout: Layout, sources: Mapping[str, FeatureSource] | None) -> None:
         named = {source.key or name for name, source in (sources or {}).items()}
         check_ends(self.ends, layout, named or None)
-        errors = [p for p in layout.errors if not named or not p.where.startswith("data/") or p.where[5:] in named]
+        errors = [p for p in layout.errors if not named or not p.where.startswith("data/") or p.where.split("/")[1] in named]
         if errors:
             more = f" (and {len(errors) - 1} more: `robopolicy data check`)" if len(errors) > 1 else ""
             raise DataError(f"'{self.path}': {errors[0]}{more}")
