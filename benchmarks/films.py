@@ -49,7 +49,9 @@ def main() -> None:
     length = max(map(len, films)) + round(FRAMES_PER_SECOND)  # hold the end for a second
     rows = [[frames[min(i, len(frames) - 1)] for frames in films] for i in range(length)]
     pictures = [np.concatenate(row, axis=1) for row in rows]
-    write_animation(args.out, pictures, FRAMES_PER_SECOND, "gif" if args.out.suffix == ".gif" else "webp", width=SIZE * len(films))
+    write_animation(
+        args.out, pictures, FRAMES_PER_SECOND, "gif" if args.out.suffix == ".gif" else "webp", width=SIZE * len(films)
+    )
 
 
 if __name__ == "__main__":

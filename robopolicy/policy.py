@@ -58,11 +58,9 @@ class PolicyConfig(Config):
             raise ValueError(
                 f"n_obs_steps - 1 + n_action_steps = {needed} exceeds horizon {self.horizon}; raise it or execute fewer actions"
             )
-        clip = self.sampler.get("clip")
-        if clip is not None and clip < 3 and self.normalize.get("action", self.default_normalize) == "meanstd":
-            raise ValueError(
-                f"sampler.clip {clip} cuts actions normalised by meanstd at {clip} standard deviations; set clip: null"
-            )
+        clip, mode = self.sampler.get("clip"), self.normalize.get("action", self.default_normalize)
+        if clip is not None and clip < {"meanstd": 3.0, "quantile": 1.5}.get(mode, 0.0):
+            raise ValueError(f"sampler.clip {clip} cuts off actions normalised by {mode}, which go beyond; set clip: null")
         return self
 
     @pydantic.field_validator("path", "sampler", "net", "encoder", mode="after")

@@ -15,7 +15,8 @@ import yaml
 
 from robopolicy.config import parse
 from robopolicy.data.episodes import Episodes
-from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
+from robopolicy.data.store import WriteLock
+from robopolicy.errors import CheckpointError, ConfigError, DataError, RobopolicyError
 from robopolicy.features import Feature
 from robopolicy.policy import load_policy
 from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning_rate, to_tensors, use_bf16
@@ -114,10 +115,10 @@ def test_stopping_and_resuming_changes_no_bit(store: Path, tmp_path: Path, varia
 
 def test_the_best_table_and_metrics_survive_a_resume(store: Path, tmp_path: Path) -> None:
     first = trainer(config(store), tmp_path)
-    first.best = [(0.5, 3), (0.25, 2)]
+    first.best = [(0.5, 0.6, 3), (0.25, 0.9, 2)]
     first.run()
     again = trainer(config(store, train={**config(store)["train"], "steps": 16}), tmp_path, resume=True)
-    assert again.best == [(0.5, 3), (0.25, 2)]
+    assert again.best == [(0.5, 0.6, 3), (0.25, 0.9, 2)]
     again.run()
     steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert steps == [2, 4, 6, 8, 10, 12, 14, 16]
@@ -189,7 +190,7 @@ def test_the_best_evaluations_have_checkpoints(store: Path, tmp_path: Path, monk
     run = trainer(value, tmp_path)
 
     def evaluated() -> dict[str, float]:
-        run.best = [(1.0, 5)]
+        run.best = [(1.0, 1.0, 5)]
         return {"eval/success": 1.0}
 
     monkeypatch.setattr(run, "_evaluate", evaluated)
@@ -244,12 +245,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_on_other_data(store: Path, tmp
         trainer(config(store), tmp_path)
     with pytest.raises(CheckpointError, match="other data"):
         trainer(config(store, data={**config(store)["data"], "max_episodes": 2}), tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match=r"policy\.net\.width was 16, now 32"):
         trainer(
-            config(store, policy={**config(store)["policy"], "net": {"type": "mlp", "width": 32, "depth": 1}}),
+            config(store, policy={**config(store)["policy"], "net": {"type": "mlp", "width": 32, "depth": 1, "dropout": 0.1}}),
             tmp_path,
             resume=True,
         )
+    with pytest.raises(CheckpointError, match=r"train\.lr was 0\.0001, now 0\.1"):
+        trainer(config(store, train={**config(store)["train"], "lr": 0.1}), tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="no checkpoint to resume"):
         trainer(config(store), tmp_path / "new", resume=True)
 
@@ -282,6 +285,28 @@ def _start(value: dict[str, Any], folder: Path) -> tuple[subprocess.Popen[str], 
 
 def _long(store: Path) -> dict[str, Any]:
     return config(store, train={**config(store)["train"], "steps": 100_000, "checkpoint_every": 10})
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_it(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = config(store, task={"name": "pusht"}, eval={"episodes": 5, "every": 6})
+    run = trainer(value, tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the evaluation went on")
+
+    monkeypatch.setattr("robopolicy.train.bc.evaluate", interrupted)
+    assert run.run() == 143
+    assert run.checkpoints.steps()[-1] == 6
+
+
+def test_two_runs_cannot_share_a_folder(store: Path, tmp_path: Path) -> None:
+    run = trainer(config(store), tmp_path)
+    lock = WriteLock(tmp_path)
+    with pytest.raises(DataError, match="written by another process"):
+        run.run()
+    lock.release()
+    assert run.run() == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from robopolicy.errors import ConfigError
 from robopolicy.generative.path import Kind, Path, Pred
 
 
@@ -39,3 +42,29 @@ class Leaf:
         x_in, t_in = self.path.net_input(x, t)
         y = self.net(x_in, t_in, ctx)
         return self.path.predict(x, t, y.to(x.dtype), self.kind)
+
+
+class Convex:
+    """Weighted mean of what several fields see in the same state, on the same path (GPC, arXiv 2510.01068, convex form).
+
+    Fields of weight 0 are not evaluated, so weights (1, 0) give the first field to the bit.
+
+    Args:
+        fields: Fields on one path.
+        weights: Non-negative numbers that sum to 1, one per field.
+
+    Raises:
+        ConfigError: The weights are no such numbers.
+    """
+
+    def __init__(self, fields: Sequence[Field], weights: Sequence[float]) -> None:
+        if len(fields) != len(weights) or any(weight < 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+            raise ConfigError(f"weights {list(weights)} for {len(fields)} fields; give one each, none negative, with sum 1")
+        self.terms = [(weight, field) for weight, field in zip(weights, fields, strict=True) if weight > 0]
+
+    def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
+        if len(self.terms) == 1:
+            return self.terms[0][1](x, t, ctx)
+        seen = [(weight, field(x, t, ctx)) for weight, field in self.terms]
+        x0 = torch.stack([weight * pred.x0 for weight, pred in seen]).sum(0)
+        return Pred(x0, torch.stack([weight * pred.eps for weight, pred in seen]).sum(0))

@@ -7,6 +7,7 @@ resumed run therefore needs only weights, their average, the optimiser's moments
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import signal
 import sys
@@ -21,7 +22,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from robopolicy.data.store import write_file
+from robopolicy.data.store import WriteLock, write_file
 from robopolicy.data.windows import Windows
 from robopolicy.errors import CheckpointError, ConfigError, RobopolicyError
 from robopolicy.evaluate.run import SEEDS, evaluate
@@ -33,6 +34,25 @@ from robopolicy.train.experiment import Experiment, TrainConfig, build_untrained
 from robopolicy.train.metrics import Metrics
 
 TRAIN_FORMAT = 1
+
+# What may be changed in config.yaml before a resume. Anything else would make another run of it.
+MAY_CHANGE = (
+    "name",
+    "task",
+    "eval",
+    "data.path",
+    "data.cache_dir",
+    "train.steps",
+    "train.device",
+    "train.threads",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_best",
+)
+
+
+class _Stopped(Exception):
+    """A signal arrived during an evaluation, which is not worth waiting for."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -145,7 +165,8 @@ class Trainer:
         self.bf16 = use_bf16(self.config.precision, self.device, sum(p.numel() for p in self.parameters.values()))
         self.generator = torch.Generator(device=self.device)
         self.step = 0
-        self.best: list[tuple[float, int]] = []  # (score, step), best first
+        self.best: list[tuple[float, float, int]] = []  # (success, mean max reward, step), best first
+        self.evaluating = False
         self.permutations: dict[int, np.ndarray] = {}
         self.stop_signal: int | None = None
         if resume:
@@ -194,7 +215,14 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         config = self.experiment.model_dump(mode="json")
         write_file(self.out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        with Metrics(self.out, self.step) as metrics, _signals(self._on_signal), self._progress() as bar:
+        lock = WriteLock(self.out)  # two runs in one folder would delete each other's files
+        with (
+            contextlib.ExitStack() as stack,
+            Metrics(self.out, self.step) as metrics,
+            _signals(self._on_signal),
+            self._progress() as bar,
+        ):
+            stack.callback(lock.release)
             logged, started = self.step, time.perf_counter()
             while self.step < self.config.steps and self.stop_signal is None:
                 loss, norm = self.train_step()
@@ -215,11 +243,12 @@ class Trainer:
                 paused = time.perf_counter()
                 evaluated = self.experiment.eval.episodes > 0 and self._due(self.experiment.eval.every)
                 if evaluated:
-                    metrics.write(self.step, self._evaluate())
+                    with contextlib.suppress(_Stopped):
+                        metrics.write(self.step, self._evaluate())
                 if evaluated or self._due(self.config.checkpoint_every):  # the table of the best names checkpoints that exist
                     if self.data.val is not None:
                         metrics.write(self.step, {"val/loss": self.validation_loss(self.data.val)})
-                    self._save_or_warn(metrics)
+                    self._save_or_warn()
                 started += time.perf_counter() - paused  # the logged rate is that of training alone
             self.save()  # a full disk is an error here: there is no later chance
         return 0 if self.stop_signal is None else 128 + self.stop_signal
@@ -252,16 +281,20 @@ class Trainer:
         assert self.experiment.task is not None
         config = self.experiment.eval
         seeds = range(SEEDS["validation"], SEEDS["validation"] + config.episodes)
-        result = evaluate(
-            self.averaged_policy,
-            self.experiment.task.spec,
-            seeds,
-            num_envs=config.num_envs,
-            num_workers=config.num_workers,
-            progress=False,
-        )
+        self.evaluating = True
+        try:
+            result = evaluate(
+                self.averaged_policy,
+                self.experiment.task.spec,
+                seeds,
+                num_envs=config.num_envs,
+                num_workers=config.num_workers,
+                progress=False,
+            )
+        finally:
+            self.evaluating = False
         success, score = result.success.mean, result.max_reward.mean
-        self.best = sorted([*self.best, (score, self.step)], key=lambda item: (-item[0], -item[1]))[: self.config.keep_best]
+        self.best = sorted([*self.best, (success, score, self.step)], reverse=True)[: self.config.keep_best]
         return {"eval/success": success, "eval/max_reward": score}
 
     def _progress(self) -> tqdm[Any]:
@@ -281,6 +314,8 @@ class Trainer:
             raise KeyboardInterrupt  # the second one does not wait for the step to end
         tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint at step {self.step} and stopping", file=sys.stderr)
         self.stop_signal = number
+        if self.evaluating:
+            raise _Stopped
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------------
 
@@ -303,7 +338,14 @@ class Trainer:
             "step": self.step,
             "data": {"path": self.experiment.data.path, **self._data_identity()},
         }
-        state = {"format": TRAIN_FORMAT, "step": self.step, "best": self.best, "bf16": self.bf16, "data": self._data_identity()}
+        state = {
+            "format": TRAIN_FORMAT,
+            "step": self.step,
+            "best": self.best,
+            "bf16": self.bf16,
+            "data": self._data_identity(),
+            "recipe": self._recipe(),
+        }
         path = self.checkpoints.write(
             self.step,
             {
@@ -311,7 +353,7 @@ class Trainer:
                 "policy": (policy.state_dict(), {**policy.document(), "provenance": source}),
             },
         )
-        self.checkpoints.prune({step for _, step in self.best})
+        self.checkpoints.prune({step for *_, step in self.best})
         return path
 
     def training_tensors(self) -> dict[str, Tensor]:
@@ -334,37 +376,51 @@ class Trainer:
                 f"checkpoint '{folder}' was trained on other data ({state.get('data')}, now {self._data_identity()}); "
                 "restore the dataset, or start a new run with another --out"
             )
+        then, now = state.get("recipe", {}), self._recipe()
+        if changed := sorted(key for key in {*then, *now} if then.get(key) != now.get(key)):
+            raise CheckpointError(
+                f"config.yaml of '{self.out}' changed since the checkpoint: {changed[0]} was {then.get(changed[0])!r}, now "
+                f"{now.get(changed[0])!r}; restore it, or start a new run with another --out"
+            )
         try:
             self.policy.load_state_dict(_under(tensors, "model."))
             self.ema.load_state_dict(_under(tensors, "ema."))
             for name, parameter in self.parameters.items():
                 keys = {key.split(".")[1] for key in tensors if key.startswith("optimizer.")}
                 self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"].to(self.device) for key in keys}
-            for parameter in self.parameters.values():
-                self.optimizer.state[parameter]["step"] = self.optimizer.state[parameter]["step"].to(
-                    self.device if self.device.type == "cuda" else "cpu"
-                )
             self.step = int(state["step"])
             self.bf16 = bool(state["bf16"])  # what "auto" chose then: it may choose otherwise on another machine or version
-            self.best = [(float(score), int(step)) for score, step in state["best"]]
+            self.best = [(float(success), float(score), int(step)) for success, score, step in state["best"]]
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"checkpoint '{folder}' does not fit config.yaml of its run ({reason}); do not edit it between"
             ) from error
 
+    def _recipe(self) -> dict[str, Any]:
+        """The configuration as dotted keys, without what may change between a stop and a resume."""
+        flat = _flatten(self.experiment.model_dump(mode="json"))
+        return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)}
+
     def _data_identity(self) -> dict[str, Any]:
         episodes = self.data.episodes
-        return {"episodes": len(episodes), "steps": int(episodes.num_steps), "windows": len(self.data.train)}
+        ends = hashlib.sha256(np.ascontiguousarray(episodes.ends, np.int64).tobytes()).hexdigest()[:16]
+        return {"episodes": len(episodes), "steps": int(episodes.num_steps), "ends": ends, "windows": len(self.data.train)}
 
-    def _save_or_warn(self, metrics: Metrics) -> None:
+    def _save_or_warn(self) -> None:
         try:
             self.save()
-            metrics.flush()
         except CheckpointError as error:
             if self.step >= self.config.steps:
                 raise
             tqdm.write(f"warning: {error}; training goes on and tries again at the next checkpoint", file=sys.stderr)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
+    return flat
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

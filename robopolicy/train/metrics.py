@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from robopolicy.data.store import write_file
 
@@ -24,13 +27,13 @@ class Metrics:
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        self.file.flush()
-        self.board.flush()
+        """Log ``values``. A full disk costs the row and a warning, not the run: training goes on, and space may come back."""
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:
+            tqdm.write(f"warning: metrics of step {step} could not be written ({error})", file=sys.stderr)
 
     def __enter__(self) -> Metrics:
         return self
