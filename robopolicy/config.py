@@ -7,6 +7,8 @@ chosen in YAML by its ``type``: a registered short name or a dotted path ``packa
 from __future__ import annotations
 
 import importlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,11 +28,23 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which reads ``3e-4`` as a number, as YAML 1.2 and people do."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping (safe loader only). Raises ConfigError when the file is absent, unreadable or no mapping."""
     path = Path(path)
     try:
-        value = yaml.safe_load(path.read_text())
+        value = read_yaml(path.read_text())
     except FileNotFoundError as error:
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"config '{path}' does not exist; {nearest(str(path), siblings)}") from error
@@ -52,7 +66,7 @@ def apply_overrides(config: Mapping[str, Any], overrides: Sequence[str]) -> dict
         if not separator or not key:
             raise ConfigError(f"override '{override}' is not of the form key.subkey=value")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override '{override}': the value is not valid YAML") from error
         node = result
@@ -75,9 +89,16 @@ def _deep_copy(value: Any) -> Any:
 
 
 def parse(model: type[C], value: Mapping[str, Any], where: str = "config") -> C:
-    """Validate ``value`` against ``model``. Raises ConfigError: one line per call, naming key, finding and mend."""
+    """Validate ``value`` against ``model``. Raises ConfigError: one line per call, naming key, finding and mend.
+
+    Types are strict: neither ``true`` nor ``"100"`` is a number of steps. Validating as JSON lets lists stand for tuples.
+    """
     try:
-        return model.model_validate(value)
+        text = json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}; a config holds numbers, texts, lists and mappings only") from error
+    try:
+        return model.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{where}: {_explain(model, error)}") from error
 

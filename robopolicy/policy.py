@@ -1,7 +1,8 @@
 """``Policy``: observations in, a chunk of actions out; and how it is saved and loaded.
 
 A policy is an encoder, a denoising network on a Gaussian path, a sampler, and the normalisers and action representation that
-tie them to the units of the robot. It is saved as safetensors and JSON; loading executes nothing.
+tie them to the units of the robot. It is saved as safetensors and JSON, without code: what a
+component of your own does is found in your packages, by the name that the config gave it.
 """
 
 from __future__ import annotations

@@ -31,12 +31,16 @@ class NetConfig(Config):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping) or "preset" not in value:
+        if not isinstance(value, Mapping):
             return value
-        name = value["preset"]
-        if name not in cls.PRESETS:
-            raise ValueError(f"unknown preset {name!r}: {nearest(str(name), cls.PRESETS)}")
-        return {**cls.PRESETS[name], **{key: v for key, v in value.items() if key != "preset"}}
+        expanded = dict(value)
+        if "preset" in value:
+            name = str(expanded.pop("preset"))
+            if name not in cls.PRESETS:
+                raise ValueError(f"unknown preset '{name}': {nearest(name, cls.PRESETS)}")
+            expanded = {**cls.PRESETS[name], **expanded}
+        # Behind a "before" validator strict types no longer take lists, as JSON has them, for tuples.
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in expanded.items()}
 
 
 def sinusoidal(t: Tensor, dim: int) -> Tensor:
