@@ -1,6 +1,6 @@
 """Make the film of the README: successful episodes of several policies, side by side.
 
-python benchmarks/films.py docs/films.webp outputs/pusht_state_flow outputs/quickstart
+python -m benchmarks.films docs/films.webp outputs/pusht_state_flow outputs/quickstart
 """
 
 from __future__ import annotations
