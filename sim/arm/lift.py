@@ -55,7 +55,7 @@ class Lift(ArmTask):
     def _evaluate(self) -> tuple[float, bool]:
         distance = float(np.linalg.norm(self.cube_pos - self._ee_pos))
         raised = float(self.cube_pos[2]) - self.half
-        held = distance < 0.035 and self.gripper_width < 2 * self.half + 0.004
+        held = distance < 0.035 and self.gripper_width < 3 * self.half  # the diagonal between the pads counts too
         progress = 0.3 * math.exp(-8.0 * distance) + 0.2 * held + 0.5 * held * min(max(raised / self.height, 0.0), 1.0)
         return progress, raised >= self.height and held
 
