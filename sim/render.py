@@ -8,9 +8,11 @@ it from here: ``from sim.render import mujoco``.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -114,6 +116,7 @@ class Renderer:
             self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         finally:
             quality.shadowsize, quality.offsamples, glob.offwidth, glob.offheight = before
+        _close_at_exit(self)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
         self._model = model
         self._scene = mujoco.MjvScene(model, maxgeom=200)
@@ -146,6 +149,24 @@ class Renderer:
             self._mjr.free()
             self._context.free()
             self._context = None
+
+
+_OPEN: weakref.WeakSet[Renderer] = weakref.WeakSet()
+
+
+def _close_open() -> None:
+    for renderer in list(_OPEN):
+        renderer.close()
+
+
+def _close_at_exit(renderer: Renderer) -> None:
+    """Close what its owner left open before mujoco shuts EGL down, or every context complains on stderr as it is collected.
+
+    Exit handlers run last in, first out, and mujoco registers its own with the first context: so register anew after each.
+    """
+    _OPEN.add(renderer)
+    atexit.unregister(_close_open)
+    atexit.register(_close_open)
 
 
 def _gl_context(width: int, height: int) -> Any:

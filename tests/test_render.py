@@ -42,6 +42,13 @@ def test_film_frames_have_the_size_asked_for_and_show_a_red_cube() -> None:
     task.close()
 
 
+@needs_renderer
+def test_a_process_that_closes_nothing_exits_in_silence() -> None:
+    code = "from sim.arm.reach import Reach; t = Reach(image_size=32, pretty=False); t.reset(seed=0); t.render()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_images_without_a_renderer_name_the_packages_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "_BACKEND", None)
     with pytest.raises(TaskError, match=r"libegl1.*libosmesa6"):
