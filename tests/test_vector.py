@@ -235,6 +235,8 @@ def run_script(body: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_program_even_in_the_middle_of_a_step(how: signal.Signals) -> None:
     body = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 env = VectorEnv(TaskSpec({WALK!r}, {{"fail": "hang"}} if {how == signal.SIGINT} else {{}}), 2, 2)
 env.reset([0, 1])
 print(*[w.process.pid for w in env._workers], flush=True)
@@ -247,7 +249,10 @@ sys.stdin.read()
         pids = [int(pid) for pid in program.stdout.readline().split()]
         time.sleep(0.2)
         os.killpg(program.pid, how)
-        program.wait(timeout=20)
+        try:
+            program.wait(timeout=60)
+        finally:
+            program.kill()  # leaving the block waits for it without end
         errors = program.stderr.read() if program.stderr is not None else ""
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
