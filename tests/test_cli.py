@@ -63,6 +63,8 @@ def test_every_verb_has_a_page(verb: str) -> None:
         (["train", "configs/lift_flow.yaml", "policy.net.type=ulp"], "did you mean 'mlp'?"),
         (["train", "configs/lift_flow.yaml", "policy.n_action_steps=40"], "exceeds horizon"),
         (["train", "--resume", "no/such/run"], "does not exist"),
+        (["train", "--resume", "no/such/run", "train.steps=3"], "--resume goes alone"),
+        (["train", "configs/lift_flow.yaml", "task.name=lfit"], "did you mean 'lift'?"),
         (["eval", "no/such/run"], "does not exist"),
     ],
 )

@@ -270,3 +270,17 @@ def test_pack_and_unpack_are_inverses_and_refuse_to_overwrite(tmp_path: Path) ->
     with pytest.raises(DataError, match="written by another"):
         pack(path, tmp_path / "busy.zip")
     writer.close()
+
+
+def test_repair_in_place_leaves_sound_and_read_only_stores_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sound.zarr"
+    features = {"x": Feature("x", (2,), unit="m", rate=10.0)}
+    with Episodes.create(path, features) as episodes:
+        episodes.append({"x": np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)})
+    with pytest.raises(DataError, match="nothing to repair in place"):
+        repair(path)
+    path.chmod(0o555)
+    with pytest.raises(DataError, match="is read-only; repair a copy with --out"):
+        repair(path)
+    path.chmod(0o755)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sound.zarr"]

@@ -13,16 +13,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "extend.md"
 def test_the_extend_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
     blocks = re.findall(r"```(\w+)(?: file=(\S+))?\n(.*?)```", PAGE.read_text(), flags=re.S)
     assert sum(kind == "console" for kind, *_ in blocks) == 3
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    scripts = Path(sys.executable).parent  # where the installed `robopolicy` is
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for kind, file, text in blocks:
         if kind != "console":
             (tmp_path / file).write_text(text)
             continue
         for line in text.strip().splitlines():
-            command = re.sub(r"^robopolicy", "-m robopolicy.cli", line).removeprefix("python ").split()
-            done = subprocess.run(
-                [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-            )
+            done = subprocess.run(line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     result = json.loads(next((tmp_path / "outputs" / "dot").rglob("eval.json")).read_text())
     successes = sum(bool(episode["success"]) for episode in result["episodes"])

@@ -21,7 +21,8 @@ from robopolicy.data.store import open_files
 from robopolicy.errors import DataError
 from robopolicy.features import Feature
 
-STUCK_STEPS = 20  # a sensor that repeats itself longer than this while others move is reported
+STUCK_STEPS = 20  # a sensor that repeats itself for this many steps and for STUCK_SECONDS while others move is reported
+STUCK_SECONDS = 3.0  # objects that a hand has yet to reach lie still for a while
 _ANGLE_NAME = re.compile(r"joint|qpos|angle|theta|yaw|pitch|roll", re.IGNORECASE)
 _TIME_NAME = re.compile(r"^(.*_)?(timestamps?|stamp|time)$", re.IGNORECASE)
 _MOST_RADIANS = 7.0  # joints turn at most about one revolution either way; beyond this the numbers are hardly radians
@@ -262,15 +263,17 @@ def _check_stuck(layout: Layout, movement: dict[str, np.ndarray], ends: np.ndarr
     if len(movement) < 2:
         return
     moved = np.stack(list(movement.values()))
+    rates = [f.rate for f in (layout.features or {}).values() if f.rate is not None]
+    least = max(STUCK_STEPS, round(STUCK_SECONDS * min(rates, default=0.0)))
     first = np.concatenate([[0], ends[:-1]])
     for row, name in enumerate(movement):
         others = np.asarray(np.delete(moved, row, axis=0).any(axis=0))
         if moved[row].mean() < 0.5:
             continue
-        runs = [r for r in _runs(~moved[row], first) if r[1] - r[0] >= STUCK_STEPS and others[r[0] : r[1]].mean() >= 0.5]
+        runs = [r for r in _runs(~moved[row], first) if r[1] - r[0] >= least and others[r[0] : r[1]].mean() >= 0.5]
         if runs:
             start, stop = max(runs, key=lambda r: r[1] - r[0])
-            text = f"repeats itself {len(runs)} times for {STUCK_STEPS} steps or more while others change, longest {start}:{stop}"
+            text = f"repeats itself {len(runs)} times for {least} steps or more while others change, longest {start}:{stop}"
             layout.warning(
                 f"data/{name}", text, "a stuck sensor or camera; look at those episodes and drop them when it was dead"
             )

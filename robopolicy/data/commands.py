@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     check = add(
         "check",
         _check,
-        "find and explain damage and inconsistency; exit 0: clean, 1: problems found, 2: cannot be read",
+        "find and explain damage and inconsistency; exit 0: sound, perhaps with warnings, 1: errors, 2: cannot be read",
         "  robopolicy data check data/lift.zarr",
     )
     check.add_argument("path", type=Path)
@@ -197,7 +197,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{problem.severity}: {problem}")
     errors = sum(p.severity == "error" for p in problems)
     print(f"{args.path}: {errors} errors, {len(problems) - errors} warnings" if problems else f"{args.path}: clean")
-    return 1 if problems else 0
+    return 1 if errors else 0
 
 
 def _repair(args: argparse.Namespace) -> int:

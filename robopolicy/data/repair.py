@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from robopolicy.data.arrays import open_array, read_rows
+from robopolicy.data.check import check
 from robopolicy.data.ends import read_ends
 from robopolicy.data.episodes import Episodes, check_values
 from robopolicy.data.layout import ArrayInfo, Layout, missing_chunks, scan
@@ -49,6 +50,10 @@ def repair(path: str | Path, out: str | Path | None = None, progress: bool = Fal
         with building(Path(out)) as temporary:
             count, steps, dropped = _rebuild(path, temporary, progress)
         return Repaired(count, steps, dropped, None)
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise DataError(f"'{path}' is read-only; repair a copy with --out, or make it writable first")
+    if not any(problem.severity == "error" for problem in check(path)):
+        raise DataError(f"'{path}' has no errors, so there is nothing to repair in place; use --out for a cleaned copy")
     check_absent(backup := path.with_name(f"{path.name}.damaged"))
     lock = WriteLock(path) if path.is_dir() else None
     try:

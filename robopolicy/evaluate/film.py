@@ -36,7 +36,7 @@ def film_rollouts(spec: TaskSpec, rollouts: Sequence[Rollout], successes: int, f
         try:
             _frame(task)
         except (TaskError, NotImplementedError) as error:  # the second: a task that never renders
-            print(f"going on without films: {error or f'{spec.name} does not render'}", file=sys.stderr)
+            print(f"going on without films: {str(error) or f'{spec.name} does not render'}", file=sys.stderr)
             return []
         return [Film(r.episode, encode_mp4(replay(task, r), task.rate)) for r in chosen]
     finally:

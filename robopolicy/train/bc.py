@@ -367,6 +367,7 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         tensors, state = read_tensors(folder / "train")
+        read_tensors(folder / "policy")  # what the run would leave behind if it has nothing left to do
         if state.get("format") != TRAIN_FORMAT:
             raise CheckpointError(
                 f"checkpoint '{folder}' has training format {state.get('format')!r}; this version resumes {TRAIN_FORMAT}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robopolicy.train.experiment import Experiment
 
 EPILOG = """\
 examples:
@@ -35,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.train.bc import Trainer
     from robopolicy.train.experiment import Experiment, default_output
 
-    if (args.config is None) == (args.resume is None):
+    if args.config is None and args.resume is None:
         raise ConfigError(
             "give either a config (robopolicy train configs/lift_flow.yaml) or a run to continue (--resume outputs/lift_flow)"
         )
     if args.resume is not None:
-        if args.overrides or args.out:
-            raise ConfigError("a resumed run keeps its config and folder; start a new run to change them")
+        if args.config or args.overrides or args.out:
+            raise ConfigError("a resumed run keeps its config and folder, so --resume goes alone; start a new run to change them")
         source = args.resume / "config.yaml"
         experiment = parse(Experiment, load_yaml(source), where=str(source))
         out = args.resume
@@ -51,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False), end="")
         return 0
+    if experiment.task is not None:
+        _check_task(experiment)
     trainer = Trainer(experiment, out, resume=args.resume is not None)
     code = trainer.run()
     print(f"step {trainer.step}: {trainer.checkpoints.folder / 'last'}")
@@ -59,3 +65,19 @@ def run(args: argparse.Namespace) -> int:
     elif code:
         print(f"stopped; continue with: robopolicy train --resume {out}")
     return code
+
+
+def _check_task(experiment: Experiment) -> None:
+    """A task that does not exist is noticed before training, not after. One whose simulator is absent here may be elsewhere."""
+    import sys
+
+    from robopolicy.errors import TaskError
+    from robopolicy.task import find_task
+
+    assert experiment.task is not None
+    try:
+        find_task(experiment.task.name)
+    except TaskError as error:
+        if ":" in experiment.task.name or experiment.eval.episodes or not isinstance(error.__cause__, ImportError):
+            raise
+        print(f"warning: {error}; training needs it not", file=sys.stderr)
