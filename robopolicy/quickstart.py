@@ -10,7 +10,7 @@ from pathlib import Path
 EPILOG = """\
 examples:
   robopolicy quickstart                       # a few minutes on two cores; writes outputs/quickstart/
-  robopolicy quickstart --out /tmp/try --seed 1 --episodes 200
+  robopolicy quickstart --out outputs/try --seed 1 --episodes 200
 
 it demonstrates lifting a cube with a scripted expert, trains the flow-matching policy of configs/lift_flow.yaml on that, and
 evaluates the last checkpoint on seeds that neither saw. Each step is a verb of its own; the end says which."""

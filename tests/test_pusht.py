@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import zarr
 from conftest import shared_data
@@ -48,7 +49,7 @@ def test_replaying_peoples_actions_reproduces_what_they_saw(human: Any, ends: np
 
 def test_rewards_equal_the_published_ones_exactly(human: Any, ends: np.ndarray) -> None:
     """``next.reward[t]`` is the reward of the state that follows, within an episode."""
-    table = pytest.importorskip("pyarrow.parquet").read_table(
+    table = pyarrow.parquet.read_table(
         shared_data("lerobot_pusht_v3_parquet") / "data" / "chunk-000" / "file-000.parquet", columns=["next.reward"]
     )
     published = np.array(table["next.reward"])

@@ -20,8 +20,6 @@ from robopolicy.task import TaskSpec, find_task
 from sim.robosuite import ACTION_LIMIT, RobosuiteTask
 from sim.robosuite_experts import turn_to, yaw_of
 
-pytest.importorskip("robosuite")
-
 NAMES = ("Lift", "Can", "Square", "Door", "Stack")
 
 

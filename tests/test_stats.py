@@ -338,3 +338,11 @@ def test_required_pairs_reach_their_power_and_correlation_saves_episodes():
         required_episodes(0.5, 0.5)
     with pytest.raises(EvaluationError):
         required_episodes(0.1, 0.9, correlation=0.9)
+
+
+@pytest.mark.parametrize(("outcome", "low", "high"), [(True, 0.963, 1.0), (False, 0.0, 0.037)])
+def test_unanimous_runs_still_have_an_interval(outcome: bool, low: float, high: float) -> None:
+    groups = [np.full(100, outcome)] * 3
+    interval = pooled_interval(groups, np.random.default_rng(0), same_seeds=True)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-3)
+    assert pooled_interval(groups, np.random.default_rng(0), same_seeds=False).high - interval.high < 0.03

@@ -96,7 +96,8 @@ def pooled_interval(
     bootstrap of Owen 2007), because a hard initial state is hard for all of them and drawing it separately would hide that
     variance.
 
-    The percentile interval is too narrow when training seeds are few (docs/eval.md has the measured coverage).
+    The percentile interval is too narrow when training seeds are few (docs/eval.md has the measured coverage). When every episode
+    succeeded, or none did, a bootstrap knows no spread at all; the Wilson interval stands in, counting shared seeds once.
 
     Raises EvaluationError for fewer than 2 groups, an empty group, or unequal lengths with ``same_seeds``.
     """
@@ -105,6 +106,10 @@ def pooled_interval(
     sizes = {len(g) for g in groups}
     if same_seeds and len(sizes) > 1:
         raise EvaluationError(f"pooling over the same seeds needs groups of one length, found {sorted(sizes)}")
+    outcomes = np.concatenate([np.asarray(g) for g in groups])
+    if outcomes.dtype == bool and outcomes.all() == outcomes.any():
+        n = len(groups[0]) if same_seeds else len(outcomes)
+        return success_interval(n * bool(outcomes[0]), n, level=level)
     count = len(groups)
     picked = rng.integers(count, size=(resamples, count))
     if same_seeds:
