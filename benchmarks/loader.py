@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.timing import Block, Peer, Times, conditions, measure, print_rows, rows, take_turns
+from benchmarks.timing import Block, Peer, Times, conditions, finish, measure, print_rows, rows, take_turns
 from robopolicy.data.episodes import Episodes
 from robopolicy.data.windows import Windows
 from robopolicy.errors import RobopolicyError
@@ -125,11 +124,7 @@ def main() -> int:
     except RobopolicyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    document["ended"] = conditions()
-    print("load", document["started"]["load"], "->", document["ended"]["load"])
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1))
+    finish(document, arguments.json)
     return 0
 
 

@@ -146,3 +146,12 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def finish(document: dict[str, Any], path: Path | None) -> None:
+    """Close a benchmark's ``document`` with the conditions at its end, and write it to ``path`` if there is one."""
+    document["ended"] = conditions()
+    print("load", document["started"]["load"], "->", document["ended"]["load"])
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import Block, Peer, Times, conditions, measure, print_rows, rows, take_turns
+from benchmarks.timing import Block, Peer, Times, conditions, finish, measure, print_rows, rows, take_turns
 from robopolicy.errors import RobopolicyError
 from robopolicy.generative.losses import LossConfig, denoising_loss
 from robopolicy.generative.path import VPCosine
@@ -274,11 +273,7 @@ def main() -> int:
     except RobopolicyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    document["ended"] = conditions()
-    print("load", document["started"]["load"], "->", document["ended"]["load"])
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1))
+    finish(document, arguments.json)
     return 0
 
 

@@ -189,7 +189,7 @@ class Policy(nn.Module):
             ``[B, n_action_steps, A]`` float32 in the action feature's units.
 
         Raises:
-            DataError: A feature is missing or has the wrong shape.
+            DataError: A feature is missing, has the wrong shape, or is not finite.
         """
         tensors = {name: self._observed(obs, name) for name in self.observation_features}
         chunk = self.normalizer("action").unnormalize(self.sample(self.encode(tensors), generator).float())
@@ -210,6 +210,8 @@ class Policy(nn.Module):
             raise DataError(
                 f"observation '{name}' has shape {tuple(value.shape)}; expected (batch, {', '.join(map(str, expected))})"
             )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise DataError(f"observation '{name}' holds NaN or infinity; a policy must not act on it: check that sensor")
         return value.to(self.device)
 
     def document(self) -> dict[str, Any]:

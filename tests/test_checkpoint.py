@@ -33,7 +33,7 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     assert find_policy(tmp_path) == folder.path(4) == (tmp_path / "checkpoints" / "last").resolve()
 
 
-@pytest.mark.parametrize("stage", ["save_file", "_flush"])
+@pytest.mark.parametrize("stage", ["save_file", "sync_path"])
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     write(folder, 1)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from robopolicy.data.episodes import Episodes
 from robopolicy.data.layout import ENDS
-from robopolicy.data.store import open_files, sync_directory
+from robopolicy.data.store import open_files, sync_path
 from robopolicy.errors import DataError
 
 _SPARE = 2**28  # bytes to leave free on the disk
@@ -107,4 +107,4 @@ def _build(episodes: Episodes, name: str, path: Path) -> None:
         for stale in path.parent.glob(f"{family}-*.npy"):
             stale.unlink(missing_ok=True)  # a process that maps it keeps its pages
         temporary.rename(path)
-        sync_directory(path.parent)
+        sync_path(path.parent)

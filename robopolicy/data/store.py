@@ -32,8 +32,8 @@ def is_zip(path: Path) -> bool:
     return path.suffix == ".zip"
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames inside ``path`` survive a power failure."""
+def sync_path(path: Path) -> None:
+    """Make the contents of a file, or the renames inside a directory, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,7 +142,7 @@ class CommitStore(GuardedStore):
 
     def _sync(self) -> None:
         for directory in self._touched:
-            sync_directory(directory)
+            sync_path(directory)
         self._touched.clear()
 
     def forget(self) -> None:
@@ -292,7 +292,7 @@ def building(path: Path) -> Iterator[Path]:
             pack(temporary, path)
         else:
             temporary.rename(path)
-            sync_directory(path.parent)
+            sync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -303,4 +303,4 @@ def pack(source: Path, target: Path) -> None:
     with replacing(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(p for p in source.rglob("*") if p.is_file() and p.suffix != TEMPORARY):
             archive.write(path, path.relative_to(source).as_posix())
-    sync_directory(target.parent)
+    sync_path(target.parent)

@@ -201,7 +201,7 @@ class Trainer:
 
     def _seed(self, seed: int) -> None:
         self.generator.manual_seed(seed)
-        torch.default_generator.manual_seed(seed)  # dropout and observation noise take no generator
+        torch.default_generator.manual_seed(seed)  # dropout takes no generator
         if self.device.type == "cuda":
             torch.cuda.manual_seed_all(seed)
 
@@ -213,9 +213,9 @@ class Trainer:
     def run(self) -> int:
         """Train to ``config.steps``. Returns the exit code: 0, or 128 + signal after a signal (everything saved)."""
         self.out.mkdir(parents=True, exist_ok=True)
+        lock = WriteLock(self.out)  # two runs in one folder would overwrite and delete each other's files
         config = self.experiment.model_dump(mode="json")
         write_file(self.out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        lock = WriteLock(self.out)  # two runs in one folder would delete each other's files
         with (
             contextlib.ExitStack() as stack,
             Metrics(self.out, self.step) as metrics,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from robopolicy.data.store import sync_path
 from robopolicy.errors import CheckpointError
 
 STEP_PREFIX = "step_"
@@ -34,7 +34,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
     text = json.dumps({**document, "sha256": _digest(weights)}, indent=1, allow_nan=False)
     path.with_suffix(".json").write_text(text + "\n")
     for name in (weights, path.with_suffix(".json")):
-        _flush(name)
+        sync_path(name)
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -105,9 +105,9 @@ class CheckpointFolder:
                 partial.mkdir()
                 for name, (tensors, document) in parts.items():
                     write_tensors(partial / name, tensors, document)
-                _flush(partial)
+                sync_path(partial)
                 partial.rename(final)
-                _flush(self.folder)
+                sync_path(self.folder)
             link = self.folder / ".last"
             link.unlink(missing_ok=True)
             link.symlink_to(final.name)
@@ -150,11 +150,3 @@ def find_policy(path: str | Path) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
