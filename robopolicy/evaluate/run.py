@@ -27,8 +27,8 @@ from robopolicy.provenance import provenance
 from robopolicy.task import TaskSpec
 from robopolicy.vector import VectorEnv
 
-# Where environment seeds start, by purpose; each range is 100,000 long, so that no seed serves two purposes.
-SEEDS = {"demonstrations": 0, "validation": 100_000, "test": 200_000, "search": 300_000}
+# Where environment seeds start, by purpose; each range is 100,000 long and the last one has no end, so that no seed serves two.
+SEEDS = {"demonstrations": 0, "validation": 100_000, "test": 200_000, "search": 300_000, "rollouts": 400_000, "training": 500_000}
 
 
 class Actor(Protocol):
