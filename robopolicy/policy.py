@@ -7,6 +7,7 @@ component of your own does is found in your packages, by the name that the confi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,7 @@ from robopolicy.data.actions import ActionConfig, ActionTransform
 from robopolicy.data.normalize import Mode, Normalizer
 from robopolicy.errors import CheckpointError, ConfigError, DataError, nearest
 from robopolicy.features import Feature
-from robopolicy.generative.fields import Leaf
+from robopolicy.generative.fields import Field, Leaf, Switched
 from robopolicy.generative.losses import LossConfig, denoising_loss
 from robopolicy.generative.path import PATHS, Kind, Pred
 from robopolicy.generative.path import Path as GaussianPath
@@ -51,6 +52,8 @@ class PolicyConfig(Config):
     default_normalize: Mode = "minmax"
     normalize_per_step: bool = False  # a scale for each row of the chunk: relative actions spread with the horizon
     obs_noise: float = pydantic.Field(default=0.0, ge=0.0)  # std of noise on normalised state features in training
+    initial_noise: float = pydantic.Field(default=1.0, ge=0.0)  # scale of the noise from which sampling starts; 0: none
+    frozen_above: float | None = pydantic.Field(default=None, gt=0, le=1)  # above this time another, frozen network denoises
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
@@ -126,7 +129,10 @@ class Policy(nn.Module):
         self.net = _build(
             "net", config.net, action_dim=self.action_transform.dim, horizon=config.horizon, ctx_dim=self.encoder.ctx_dim
         )
-        self.leaf = Leaf(self.net, self.path, config.prediction)
+        self.leaf: Field = Leaf(self.net, self.path, config.prediction)
+        if config.frozen_above is not None:
+            self.frozen_net = copy.deepcopy(self.net).requires_grad_(False)
+            self.leaf = Switched(self.leaf, Leaf(self.frozen_net, self.path, config.prediction), config.frozen_above)
 
     n_obs_steps = property(lambda self: self.config.n_obs_steps)
     horizon = property(lambda self: self.config.horizon)
@@ -165,15 +171,13 @@ class Policy(nn.Module):
     def sample(self, ctx: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
         """A normalised chunk ``[B, H, A]`` for each context; ``generator`` may be one per row."""
         shape = (ctx.shape[0], self.config.horizon, self.action_transform.dim)
-        noise = randn(shape, generator, device=ctx.device)
+        noise = self.config.initial_noise * randn(shape, generator, device=ctx.device)
         return self.sampler.sample(self.field, ctx, self.path.prior(noise), path=self.path, generator=generator).x0
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""
         obs: Mapping[str, Tensor] = batch["obs"]
-        with torch.autocast(self.device.type, enabled=False):  # it would round the products of rigid transforms to bfloat16
-            action = self.action_transform.encode(batch["action"].float(), self._reference(obs))
-            x0 = self.normalizer("action").normalize(action)
+        x0 = self.encode_actions(batch["action"], obs)
         ctx, is_pad = self.encode(obs, generator), batch["action_is_pad"]
         return denoising_loss(self.net, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
 
@@ -191,11 +195,48 @@ class Policy(nn.Module):
         Raises:
             DataError: A feature is missing, has the wrong shape, or is not finite.
         """
-        tensors = {name: self._observed(obs, name) for name in self.observation_features}
-        chunk = self.normalizer("action").unnormalize(self.sample(self.encode(tensors), generator).float())
-        actions = self.action_transform.decode(chunk, self._reference(tensors))
+        tensors = self.observe(obs)
+        return self.decode(self.sample(self.encode(tensors), generator), tensors)
+
+    def observe(self, obs: Observations) -> dict[str, Tensor]:
+        """The observations that the policy needs, checked, on its device. Raises as :meth:`act`."""
+        return {name: self._observed(obs, name) for name in self.observation_features}
+
+    @property
+    def executed(self) -> slice:
+        """The rows of a chunk that are carried out."""
         first = self.config.n_obs_steps - 1
-        return actions[:, first : first + self.config.n_action_steps].cpu().numpy().astype(np.float32)
+        return slice(first, first + self.config.n_action_steps)
+
+    def decode(self, chunk: Tensor, obs: Mapping[str, Tensor]) -> np.ndarray:
+        """The actions ``[B, n_action_steps, A]`` float32 in the feature's units that a normalised ``chunk [B, H, A]`` stands for.
+
+        ``obs`` is what :meth:`observe` returned: relative actions are relative to it.
+        """
+        actions = self.action_transform.decode(self.normalizer("action").unnormalize(chunk.float()), self._reference(obs))
+        return actions[:, self.executed].cpu().numpy().astype(np.float32)
+
+    def encode_actions(self, actions: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
+        """The normalised chunk ``[B, H, A]`` of actions ``[B, H, A]`` in the feature's units: the inverse of :meth:`decode`."""
+        with torch.autocast(self.device.type, enabled=False):  # it would round the products of rigid transforms to bfloat16
+            return self.normalizer("action").normalize(self.action_transform.encode(actions.float(), self._reference(obs)))
+
+    def varied(self, **changes: Any) -> Policy:
+        """A copy with the same weights and other settings, for example another ``sampler``.
+
+        Raises ConfigError when a setting does not fit, or would change the shape of the weights.
+        """
+        config = parse(PolicyConfig, {**self.config.model_dump(mode="json"), **changes}, where="policy")
+        normalizers = {name: copy.deepcopy(self.normalizer(name)) for name in self.normalizers}
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and thrown away
+            policy = Policy(config, self.observation_features, self.action_feature, normalizers)
+        weights = self.state_dict()
+        if hasattr(policy, "frozen_net") and not hasattr(self, "frozen_net"):
+            weights |= {f"frozen_net.{name}": value for name, value in self.net.state_dict().items()}
+        elif hasattr(self, "frozen_net") and not hasattr(policy, "frozen_net"):
+            raise ConfigError("policy.frozen_above: this policy has a frozen network for early times; it cannot do without")
+        policy.load_state_dict(weights)
+        return policy.to(self.device).train(self.training)
 
     def _reference(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The newest observation of each vector feature ``[B, *shape]``: what relative actions are relative to."""

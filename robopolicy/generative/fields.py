@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robopolicy.errors import ConfigError
-from robopolicy.generative.path import Kind, Path, Pred
+from robopolicy.generative.path import Kind, Path, Pred, broadcast_time
 
 
 class Denoiser(Protocol):
@@ -68,3 +68,25 @@ class Convex:
         seen = [(weight, field(x, t, ctx)) for weight, field in self.terms]
         x0 = torch.stack([weight * pred.x0 for weight, pred in seen]).sum(0)
         return Pred(x0, torch.stack([weight * pred.eps for weight, pred in seen]).sum(0))
+
+
+class Switched:
+    """One field for late times (``t <= boundary``), another for early ones: fine-tuning may leave the first steps as they were.
+
+    Args:
+        late: Asked at ``t <= boundary``.
+        early: Asked above.
+        boundary: A time of the sampler's grid; times within 1e-6 of it count as equal.
+    """
+
+    def __init__(self, late: Field, early: Field, boundary: float) -> None:
+        self.late, self.early, self.boundary = late, early, boundary
+
+    def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
+        is_early = t > self.boundary + 1e-6
+        if not is_early.any():
+            return self.late(x, t, ctx)
+        if is_early.all():
+            return self.early(x, t, ctx)
+        late, early, pick = self.late(x, t, ctx), self.early(x, t, ctx), broadcast_time(is_early, x).bool()
+        return Pred(torch.where(pick, early.x0, late.x0), torch.where(pick, early.eps, late.eps))

@@ -67,6 +67,12 @@ class StepDist(NamedTuple):
             return self.mean
         return self.mean + self.std * randn(self.mean.shape, generator, device=self.mean.device, dtype=self.mean.dtype)
 
+    def floored(self, min_std: float) -> StepDist:
+        """The same mean with at least ``min_std``: what makes a nearly deterministic sampler explore."""
+        if isinstance(self.std, Tensor):
+            return StepDist(self.mean, self.std.clamp_min(min_std))
+        return StepDist(self.mean, max(self.std, min_std))
+
     def log_prob(self, x: Tensor, min_std: float = 0.0) -> Tensor:
         """Log-density of each entry of the next state ``x [B, H, A]``; sum over (H, A) for that of the chunk.
 

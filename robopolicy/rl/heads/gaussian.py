@@ -1,0 +1,87 @@
+"""A Gaussian policy, for comparison: what PPO does to the mean action that every diffusion or flow policy holds at ``t = 1``.
+
+At pure noise the best guess of the clean chunk is its mean given the observation, so one network call at ``t = 1`` from zero noise
+is the regression policy that the checkpoint's own training made on the side. PPO (Schulman et al. 2017, arXiv 1707.06347) tunes it
+with a learned, state-independent std.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from robopolicy import config as base
+from robopolicy.errors import ConfigError
+from robopolicy.generative.sampler import StepDist, randn
+from robopolicy.policy import Policy
+from robopolicy.rl.heads.base import Acted, Head, Record
+
+
+class Gaussian(Head):
+    """Attributes of Config:
+    std: Initial std of the exploration, in normalised units. min_std, max_std: Its bounds. learn_std: Whether it is learned.
+    clip: Clip range. reduce: Log-probabilities are averaged or summed over the executed entries.
+    """
+
+    class Config(base.Config):
+        std: float = pydantic.Field(default=0.1, gt=0)
+        min_std: float = pydantic.Field(default=0.01, gt=0)
+        max_std: float = pydantic.Field(default=1.0, gt=0)
+        learn_std: bool = True
+        clip: float = pydantic.Field(default=0.2, gt=0)
+        reduce: Literal["mean", "sum"] = "sum"
+
+    def __init__(self, config: Gaussian.Config, policy: Policy) -> None:
+        self.config = config
+        if policy.config.prediction == "eps":
+            raise ConfigError(
+                "method gaussian: a network that predicts eps says nothing about the clean chunk at t = 1; use a policy with "
+                "prediction v, x0 or flow"
+            )
+        super().__init__(config, policy)
+        self.log_std = nn.Parameter(torch.full((policy.action_transform.dim,), math.log(config.std)), config.learn_std)
+
+    def tunable(self, policy: Policy) -> Policy:
+        sampler = {"type": "ddim", "num_steps": 1, "eta": 0.0, "clip": policy.sampler.clip}
+        return policy.varied(sampler=sampler, initial_noise=0.0)
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.ones(1)
+
+    @property
+    def clips(self) -> Tensor:
+        return torch.full((1,), self.config.clip)
+
+    def distribution(self, policy: Policy, ctx: Tensor) -> StepDist:
+        x = ctx.new_zeros(len(ctx), policy.horizon, policy.action_transform.dim)
+        mean = policy.field(x, ctx.new_ones(len(ctx)), ctx).x0
+        if policy.sampler.clip is not None:
+            mean = mean.clamp(-policy.sampler.clip, policy.sampler.clip)
+        return StepDist(mean, self.log_std.exp().clamp(self.config.min_std, self.config.max_std))
+
+    @torch.no_grad()
+    def act(self, ctx: Tensor, generator: torch.Generator) -> Acted:
+        mean, std = self.distribution(self.policy, ctx)
+        chunk = mean + std * randn(mean.shape, generator, device=ctx.device)
+        return Acted(chunk, {"chunk": chunk})
+
+    def score(self, ctx: Tensor, record: Record) -> Tensor:
+        log_prob = self.distribution(self.policy, ctx).log_prob(record["chunk"])[:, self.policy.executed].flatten(1)
+        return (log_prob.mean(-1) if self.config.reduce == "mean" else log_prob.sum(-1))[:, None]
+
+    def entropy(self, ctx: Tensor, record: Record) -> Tensor | None:
+        return self.log_std.mean() + 0.5 * math.log(2 * math.pi * math.e) if self.config.learn_std else None
+
+    def divergence(self, ctx: Tensor, record: Record) -> Tensor:
+        new = self.distribution(self.policy, ctx)
+        with torch.no_grad():
+            old = self.distribution(self.base, ctx)
+        return (0.5 * ((new.mean - old.mean) / new.std) ** 2)[:, self.policy.executed].mean()
+
+    def bc_loss(self, ctx: Tensor, chunk: Tensor, generator: torch.Generator) -> Tensor:
+        return (self.distribution(self.policy, ctx).mean - chunk).square().mean()
