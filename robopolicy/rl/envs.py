@@ -91,7 +91,8 @@ class ChunkEnv:
         self._episode = np.full(num_envs, -1, np.int64)  # how many episodes each environment has begun, less one
         self._actions: list[list[np.ndarray]] = [[] for _ in range(num_envs)]  # of the present episode, chunk by chunk
         self._history: dict[str, np.ndarray] = {}
-        self._best, self._total = np.zeros(num_envs), np.zeros(num_envs)
+        self._best: np.ndarray = np.zeros(num_envs)
+        self._total = np.zeros(num_envs)
         self._largest = np.zeros(num_envs)
         self._length, self._success = np.zeros(num_envs, np.int64), np.zeros(num_envs, bool)
 
@@ -190,7 +191,8 @@ class ChunkEnv:
             return (success & taken).astype(np.float64)
         best = np.maximum.accumulate(np.concatenate([self._best[:, None], np.where(taken, reward, 0.0)], axis=1), axis=1)
         self._best = best[:, -1]
-        return np.diff(best, axis=1)
+        grown: np.ndarray = np.diff(best, axis=1)
+        return grown
 
     def _window(self) -> dict[str, np.ndarray]:
         return {name: past.copy() for name, past in self._history.items()}
@@ -202,6 +204,6 @@ class ChunkEnv:
 
 
 def training_seed(seed: int, env: int, episode: int) -> int:
-    """The environment seed of a training episode: beyond all seeds that evaluation uses, different for every triple in practice."""
+    """The environment seed of a training episode: beyond all seeds that evaluation uses, as good as never the same twice."""
     drawn = int(np.random.SeedSequence([seed, env, episode]).generate_state(1, np.uint32)[0])
     return SEEDS["training"] + drawn % (2**31 - SEEDS["training"])

@@ -16,8 +16,9 @@ def gae(
 ) -> np.ndarray:
     """Advantages ``[S, N]`` (Schulman et al. 2016, arXiv 1506.02438), one step being one chunk.
 
-    ``delta = r + discount (1 - terminated) V(next) - V`` and ``A = delta + discount lambda (1 - cut) A'`` with ``cut = terminated or
-    truncated``: a time-out is worth what its last observation is worth, and nothing flows from one episode into another.
+    ``delta = r + discount (1 - terminated) V(next) - V`` and ``A = delta + discount lambda (1 - cut) A'`` with
+    ``cut = terminated or truncated``: a time-out is worth what its last observation is worth, and nothing
+    flows from one episode into another.
 
     Args:
         reward: ``[S, N]``. value: ``V`` of the observation acted on. next_value: ``V`` of what the chunk led to (``final_obs``,
@@ -41,8 +42,8 @@ class RewardScale:
     CLIP = 10.0
 
     def __init__(self, num_envs: int) -> None:
-        self.returns = np.zeros(num_envs)  # discounted, of the present episodes
-        self.moments = np.array([1e-4, 0.0, 1.0])  # count, mean, variance
+        self.returns: np.ndarray = np.zeros(num_envs)  # discounted, of the present episodes
+        self.moments: np.ndarray = np.array([1e-4, 0.0, 1.0])  # count, mean, variance
 
     def __call__(self, reward: np.ndarray, discount: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """Take in the rewards ``[N]`` of one chunk and return them scaled."""

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
 from robopolicy.train.ema import averaged
 from robopolicy.train.experiment import Experiment, TrainConfig, build_untrained, open_data
 from robopolicy.train.metrics import Metrics
+from robopolicy.train.run import changed_keys, recipe, signals, step_seed
 
 TRAIN_FORMAT = 1
 
@@ -71,11 +72,6 @@ def batch_indices(step: int, num_windows: int, batch_size: int, seed: int, cache
         cache.clear()
         cache[epoch] = np.random.default_rng([seed, epoch]).permutation(num_windows)
     return cache[epoch][position * batch_size : (position + 1) * batch_size]
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A well-mixed 63-bit seed for the noise of one step."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def pick_device(name: str) -> torch.device:
@@ -219,7 +215,7 @@ class Trainer:
         with (
             contextlib.ExitStack() as stack,
             Metrics(self.out, self.step) as metrics,
-            _signals(self._on_signal),
+            signals(self._on_signal),
             self._progress() as bar,
         ):
             stack.callback(lock.release)
@@ -377,11 +373,9 @@ class Trainer:
                 f"checkpoint '{folder}' was trained on other data ({state.get('data')}, now {self._data_identity()}); "
                 "restore the dataset, or start a new run with another --out"
             )
-        then, now = state.get("recipe", {}), self._recipe()
-        if changed := sorted(key for key in {*then, *now} if then.get(key) != now.get(key)):
+        if changed := changed_keys(state.get("recipe", {}), self._recipe()):
             raise CheckpointError(
-                f"config.yaml of '{self.out}' changed since the checkpoint: {changed[0]} was {then.get(changed[0])!r}, now "
-                f"{now.get(changed[0])!r}; restore it, or start a new run with another --out"
+                f"config.yaml of '{self.out}' changed since the checkpoint: {changed}; restore it, or start a new run elsewhere"
             )
         try:
             self.policy.load_state_dict(_under(tensors, "model."))
@@ -399,9 +393,7 @@ class Trainer:
             ) from error
 
     def _recipe(self) -> dict[str, Any]:
-        """The configuration as dotted keys, without what may change between a stop and a resume."""
-        flat = _flatten(self.experiment.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)}
+        return recipe(self.experiment, MAY_CHANGE)
 
     def _data_identity(self) -> dict[str, Any]:
         episodes = self.data.episodes
@@ -417,23 +409,5 @@ class Trainer:
             tqdm.write(f"warning: {error}; training goes on and tries again at the next checkpoint", file=sys.stderr)
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) and item else {f"{prefix}{key}": item}
-    return flat
-
-
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-@contextlib.contextmanager
-def _signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Route SIGINT and SIGTERM to ``handler`` for the duration."""
-    previous = {number: signal.signal(number, lambda n, _frame: handler(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

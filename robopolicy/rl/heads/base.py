@@ -81,7 +81,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def score(self, ctx: Tensor, record: Record) -> Tensor:
-        """Log-likelihood, or what stands for it, of the recorded actions under the present weights: ``[M, R]``, with gradients."""
+        """Log-likelihood, or what stands for it, of what was done under the present weights: ``[M, R]``, with gradients."""
 
     def log_ratio(self, ctx: Tensor, record: Record) -> Tensor:
         """Logarithm of new to old policy ``[M, R]``, with gradients; exactly 0 before the first update."""
@@ -109,6 +109,6 @@ class Head(nn.Module, ABC):
 
 
 def velocity(policy: Policy, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
-    """``eps - x0`` that the policy sees at ``x [B, H, A]`` and ``t [B]``: the velocity of the linear path, defined on every path."""
+    """``eps - x0`` that the policy sees at ``x [B, H, A]`` and ``t [B]``: velocity on the linear path, defined on every path."""
     pred = policy.field(x, t, ctx)
     return pred.eps - pred.x0

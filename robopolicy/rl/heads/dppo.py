@@ -1,4 +1,4 @@
-"""DPPO: the last denoising steps are a Markov chain, and its Gaussian steps have densities (Ren et al. 2024, arXiv 2409.00588)."""
+"""DPPO: the last denoising steps are a Markov chain whose Gaussian steps have densities (Ren et al. 2024, arXiv 2409.00588)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class DPPO(Head):
     """Each of the last ``tuned_steps`` denoising steps is a step of the surrogate, with the advantage of the whole chunk.
 
     The earlier steps keep the frozen network of the base, in training and afterwards. A chain over the sampler's grid with
-    ``eta = 1`` is DDPM, with fewer ``eta`` or steps DDIM, and on a flow policy its stochastic counterpart with the same marginals;
-    stds are floored in order to explore.
+    ``eta = 1`` is DDPM, with fewer ``eta`` or steps DDIM, and on a flow policy its stochastic counterpart with the same
+    marginals; stds are floored in order to explore.
 
     Attributes of Config:
         num_steps: Steps K of the chain. tuned_steps: The last K' of them are fine-tuned; null: all.
         eta: Share of fresh noise while exploring. eval_eta: In evaluation and deployment, without any floor.
         min_std: Floor of the exploring std. min_logprob_std: Floor of the std with which steps are scored; null: ``min_std``.
         gamma_denoising: Discount of the advantage for each step before the last.
-        clip: Clip range of the last step. clip_base: Of the noisiest tuned step; exponential between with ``clip_rate``; null: equal.
+        clip: Clip range of the last step. clip_base: Of the noisiest tuned step, exponential between with ``clip_rate``; null:
+            the same for all.
         reduce: Log-probabilities of a step are averaged or summed over the executed entries. The clip means nothing without it.
-        log_prob_range: Clamp of the log-density of each entry; null: none. The published -5, 2 leaves an entry beyond 3.6 std, and
-            with floors below .054 every entry, without gradient.
+        log_prob_range: Clamp of the log-density of each entry; null: none. The published -5, 2 leaves an entry beyond 3.6 std,
+            and with floors below .054 every entry, without gradient.
     """
 
     class Config(base.Config):

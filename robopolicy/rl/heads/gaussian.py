@@ -1,8 +1,8 @@
-"""A Gaussian policy, for comparison: what PPO does to the mean action that every diffusion or flow policy holds at ``t = 1``.
+"""A Gaussian policy, for comparison: PPO on the mean action that every diffusion or flow policy holds at ``t = 1``.
 
-At pure noise the best guess of the clean chunk is its mean given the observation, so one network call at ``t = 1`` from zero noise
-is the regression policy that the checkpoint's own training made on the side. PPO (Schulman et al. 2017, arXiv 1707.06347) tunes it
-with a learned, state-independent std.
+At pure noise the best guess of the clean chunk is its mean given the observation, so one network call at ``t = 1`` from zero
+noise is the regression policy that the checkpoint's own training made on the side. PPO (Schulman et al. 2017, arXiv 1707.06347)
+tunes it with a learned, state-independent std.
 """
 
 from __future__ import annotations
