@@ -1,4 +1,4 @@
-"""`robopolicy data ...`: record, inspect, check, repair, merge, split, pack and unpack demonstrations."""
+"""`robopolicy data ...`: record, roll out, inspect, check, repair, merge, split, pack and unpack demonstrations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from robopolicy.evaluate.commands import count
+
 _EXAMPLES = """\
 examples:
   robopolicy data demos lift --episodes 100 --out data/lift.zarr
+  robopolicy data rollout outputs/lift_dppo --success-only --episodes 500 --out data/lift_dppo.zarr
   robopolicy data info data/lift.zarr
   robopolicy data check data/lift.zarr
   robopolicy data repair data/old.zarr --out data/mended.zarr
@@ -18,6 +21,18 @@ examples:
   robopolicy data split data/week.zarr --fractions .9,.1 --out-dir data
 
 'robopolicy data ACTION --help' shows each one's options; docs/data.md explains the layout and its guarantees."""
+
+
+_ROLLOUT_EXAMPLES = """\
+  robopolicy data rollout outputs/lift_dppo --success-only --episodes 500 --out data/lift_dppo.zarr --workers 2
+  robopolicy train configs/lift_flow.yaml name=student data.path=data/lift_dppo.zarr
+
+  # the teacher sees the state, its student shall see images: let the task observe both, and both are stored
+  robopolicy data rollout outputs/lift_dppo --task-arg image_size=96 --success-only --episodes 200 --out data/lift_image.zarr
+
+The store is one that `robopolicy data demos` could have made: all that the task observes, before each action, and the action as
+it was executed. Its attributes say which checkpoint made it, on which seeds, and which of them failed. Seeds 400000..499999 are
+kept for this, so that no student is taught the episodes that it will be validated or tested on."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +76,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="processes (default: one per CPU); the result does not depend on it",
     )
     demos.add_argument("--keep-failures", action="store_true", help="store failed episodes too")
+
+    rollout = add("rollout", _rollout, "record demonstrations by a policy in its task", _ROLLOUT_EXAMPLES)
+    rollout.add_argument("checkpoint", metavar="CKPT", help="a run or checkpoint folder")
+    rollout.add_argument("--episodes", type=count, required=True, help="episodes to store")
+    rollout.add_argument("--out", type=Path, required=True, help="directory to make, for example data/lift_dppo.zarr")
+    rollout.add_argument(
+        "--success-only", action="store_true", help="leave failed episodes out; seeds run on until there are enough"
+    )
+    rollout.add_argument("--task", help="task to run (default: the one the policy was trained for)")
+    rollout.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
+    rollout.add_argument(
+        "--seed-start", type=int, default=400_000, help="seed of the first episode (400000..499999; default 400000)"
+    )
+    rollout.add_argument("--noise-seed", type=int, default=0, help="seed of the policy's noise (default 0)")
+    rollout.add_argument("--steps", type=count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    rollout.add_argument(
+        "--num-envs",
+        type=count,
+        default=50,
+        help="episodes that advance together (default 50); fewer need less memory for images",
+    )
+    rollout.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that step them (default 0: none besides this one); the result does not depend on it",
+    )
+    rollout.add_argument("--device", default="cpu", help="where the network runs (default cpu)")
+    rollout.add_argument("--threads", type=count, default=1, help="threads of the network (default 1: best for small ones)")
 
     info = add(
         "info", _info, "what is in a store; for a foreign one, a draft of data.features", "  robopolicy data info data/lift.zarr"
@@ -157,6 +201,34 @@ def _demos(args: argparse.Namespace) -> int:
         progress=True,
     )
     print(f"{args.out}: {result.episodes} episodes, {result.steps} steps; the expert failed on {len(result.failed)} seeds")
+    return 0
+
+
+def _rollout(args: argparse.Namespace) -> int:
+    import torch
+
+    from robopolicy.data.rollouts import origin_of, record_rollouts
+    from robopolicy.evaluate.commands import load
+
+    torch.set_num_threads(args.threads)
+    policy, spec = load(args.checkpoint, args)
+    result = record_rollouts(
+        policy,
+        spec,
+        args.out,
+        args.episodes,
+        origin=origin_of(args.checkpoint),
+        success_only=args.success_only,
+        seed_start=args.seed_start,
+        noise_seed=args.noise_seed,
+        num_envs=args.num_envs,
+        num_workers=args.workers,
+        progress=True,
+        name=args.checkpoint,
+    )
+    succeeded = result.tried - len(result.failed)
+    rate = f"the policy succeeded on {succeeded} of {result.tried} seeds ({succeeded / result.tried:.1%})"
+    print(f"{args.out}: {result.episodes} episodes, {result.steps} steps; {rate}")
     return 0
 
 

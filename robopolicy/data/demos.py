@@ -6,11 +6,12 @@ number of worker processes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from robopolicy.data.episodes import Episodes
 from robopolicy.data.store import check_absent
 from robopolicy.errors import DataError, TaskError
+from robopolicy.features import Feature
 from robopolicy.provenance import provenance
 from robopolicy.task import Task, TaskSpec
 
@@ -33,7 +35,11 @@ _PATIENCE = 50  # failures in a row after which the expert is taken to be unfit 
 class Recorded(NamedTuple):
     episodes: int
     steps: int
-    failed: list[int]  # seeds on which the expert failed
+    failed: list[int]  # seeds on which the expert, or the policy, failed
+    tried: int  # seeds that it took
+
+
+Demonstration = tuple[int, bool, dict[str, np.ndarray]]  # seed, whether it ever succeeded, and its features as [T, *shape]
 
 
 def record(
@@ -85,42 +91,90 @@ def record(
         task.expert(np.random.default_rng(0), noise)  # no expert: say so before anything is written
     finally:
         task.close()
+    seeds = range(seed_start, SEED_LIMIT)
+    with contextlib.closing(_demonstrations(spec, noise, seeds, workers)) as source:
+        return collect(
+            source,
+            out,
+            episodes,
+            features=features,
+            about=about,
+            seeds=seeds,
+            who=f"the expert of '{spec.name}'",
+            mend=f"lower the noise ({noise})",
+            patience=_PATIENCE,
+            keep_failures=keep_failures,
+            progress=progress,
+        )
+
+
+def collect(
+    source: Iterable[Demonstration],
+    out: str | Path,
+    episodes: int,
+    *,
+    features: Mapping[str, Feature],
+    about: Mapping[str, Any],
+    seeds: range,
+    who: str,
+    mend: str,
+    patience: int,
+    keep_failures: bool,
+    progress: bool,
+) -> Recorded:
+    """Store episodes as they come until there are ``episodes``: the part that every way of demonstrating shares.
+
+    Args:
+        source: Episodes of consecutive ``seeds``, in order.
+        out: The store to make.
+        episodes: How many to store.
+        features: Of the store.
+        about: Provenance; the seeds taken and those failed are added with each episode.
+        seeds: Those that the source may take.
+        who: What acts, for messages.
+        mend: What helps when it keeps failing.
+        patience: Failures in a row after which it is taken to be unfit for the task; counted when failures are left out.
+        keep_failures: Store failed episodes too.
+        progress: Show a bar on stderr.
+
+    Raises:
+        DataError: ``out`` exists or cannot be written, or seeds ran out; the store keeps what it has.
+        TaskError: ``who`` keeps failing.
+    """
     failed: list[int] = []
     in_a_row = 0
     with (
         Episodes.create(out, features, attrs=about) as store,
-        tqdm(total=episodes, desc=f"demonstrate {spec.name}", disable=not progress) as bar,
+        tqdm(total=episodes, desc=f"demonstrate {about['task']}", unit="episode", disable=not progress) as bar,
     ):
-        for seed, success, episode in _demonstrations(spec, noise, seed_start, workers):
+        for seed, success, episode in source:
+            tried = seed + 1 - seeds.start
             if not success:
                 failed.append(seed)
                 in_a_row += 1
+            bar.set_postfix_str(f"success {tried - len(failed)}/{tried}", refresh=not success)
             if success or keep_failures:
                 in_a_row = 0
-                store.set_attrs({**about, "seeds": {"start": seed_start, "stop": seed + 1, "failed": failed}}, publish=False)
+                store.set_attrs({**about, "seeds": {"start": seeds.start, "stop": seed + 1, "failed": failed}}, publish=False)
                 store.append(episode)
                 bar.update()
-                bar.set_postfix(failed=len(failed), refresh=False)
             if len(store) == episodes:
-                return Recorded(len(store), store.num_steps, failed)
-            if in_a_row == _PATIENCE:
+                return Recorded(len(store), store.num_steps, failed, tried)
+            if in_a_row == patience:
                 raise TaskError(
-                    f"the expert of '{spec.name}' failed on {_PATIENCE} seeds in a row, the last {seed}; "
-                    f"lower the noise ({noise}); {len(store)} episodes are in '{out}'"
+                    f"{who} failed on {patience} seeds in a row, the last {seed}, and succeeded on {tried - len(failed)} of "
+                    f"{tried} ({1 - len(failed) / tried:.1%}); {mend}; {len(store)} episodes are in '{out}'"
                 )
-        raise DataError(f"demos: seeds ran out at {SEED_LIMIT} with {len(store)} of {episodes} episodes; start at a lower seed")
+        raise DataError(f"seeds ran out at {seeds.stop} with {len(store)} of {episodes} episodes; start at a lower seed")
 
 
-_Demonstration = tuple[int, bool, dict[str, np.ndarray]]
-
-
-def _demonstrations(spec: TaskSpec, noise: float, seed_start: int, workers: int) -> Iterator[_Demonstration]:
+def _demonstrations(spec: TaskSpec, noise: float, seeds: range, workers: int) -> Generator[Demonstration, None, None]:
     """Episodes of consecutive seeds, in order."""
-    seeds = iter(range(seed_start, SEED_LIMIT))
+    queue = iter(seeds)
     if workers == 1:
         task = spec.make()
         try:
-            for seed in seeds:
+            for seed in queue:
                 yield demonstrate(task, seed, noise)
         finally:
             task.close()
@@ -128,19 +182,19 @@ def _demonstrations(spec: TaskSpec, noise: float, seed_start: int, workers: int)
     # Spawned, not forked: simulators and zarr keep threads, which a fork would leave behind broken.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(spec, noise)) as pool:
-        ahead: deque[Future[_Demonstration]] = deque(pool.submit(_work, seed) for seed in itertools.islice(seeds, 2 * workers))
+        ahead: deque[Future[Demonstration]] = deque(pool.submit(_work, seed) for seed in itertools.islice(queue, 2 * workers))
         try:
             while ahead:
                 yield ahead.popleft().result()
-                ahead.extend(pool.submit(_work, seed) for seed in itertools.islice(seeds, 1))
+                ahead.extend(pool.submit(_work, seed) for seed in itertools.islice(queue, 1))
         except BrokenProcessPool as error:
             raise TaskError(f"a worker process of task '{spec.name}' died; run with --workers 1 to see why") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def demonstrate(task: Task, seed: int, noise: float) -> _Demonstration:
-    """One episode by the expert: its seed, whether it ever succeeded, and its features as ``[T, *shape]``."""
+def demonstrate(task: Task, seed: int, noise: float) -> Demonstration:
+    """One episode by the expert."""
     observation, _ = task.reset(seed=seed)
     expert = task.expert(np.random.default_rng([seed, _EXPERT_STREAM]), noise)
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (*task.observation_features, task.action_feature.name)}
@@ -164,5 +218,5 @@ def _start_worker(spec: TaskSpec, noise: float) -> None:
     _worker.update(task=spec.make(), noise=noise)
 
 
-def _work(seed: int) -> _Demonstration:
+def _work(seed: int) -> Demonstration:
     return demonstrate(_worker["task"], seed, _worker["noise"])

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_run_arguments(parser)
     parser.add_argument(
-        "--film", nargs="?", type=_count, const=1, default=0, metavar="N", help="film N successes and N failures (default 1)"
+        "--film", nargs="?", type=count, const=1, default=0, metavar="N", help="film N successes and N failures (default 1)"
     )
 
 
@@ -42,16 +42,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of everything that runs episodes."""
     parser.add_argument("--task", help="task to run (default: the one the policy was trained for)")
     parser.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
-    parser.add_argument("--episodes", type=_count, default=200, help="one per seed (default 200)")
+    parser.add_argument("--episodes", type=count, default=200, help="one per seed (default 200)")
     parser.add_argument(
         "--seeds", default="test", metavar="test|validation|search|START", help="where seeds start (default test)"
     )
-    parser.add_argument("--steps", type=_count, metavar="N", help="sampler steps instead of those of the checkpoint")
-    parser.add_argument("--num-envs", type=_count, default=50, help="episodes that advance together (default 50)")
+    parser.add_argument("--steps", type=count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    parser.add_argument("--num-envs", type=count, default=50, help="episodes that advance together (default 50)")
     parser.add_argument("--workers", type=int, default=0, help="processes that step them (default 0: none besides this one)")
     parser.add_argument("--noise-seed", type=int, default=0, help="seed of the policy's noise (default 0)")
     parser.add_argument("--device", default="cpu", help="where the network runs (default cpu)")
-    parser.add_argument("--threads", type=_count, default=1, help="threads of the network (default 1: best for small ones)")
+    parser.add_argument("--threads", type=count, default=1, help="threads of the network (default 1: best for small ones)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write")
 
 
@@ -200,7 +200,8 @@ def _short(policy: str) -> str:
     return "/".join(Path(policy).parts[-2:])
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Of an argument: an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
