@@ -2,7 +2,7 @@
 
 This file only dispatches. Each verb lives in a module with ``configure(parser)`` and ``run(args) -> exit code`` whose top level
 imports nothing heavy, so that help appears at once. Exit codes: 0 done, 1 the thing checked was found wanting, 2 an error that
-the user can mend, 130 interrupted, 143 terminated (both after saving).
+the user can mend, 3 fine-tuning made the policy worse and stopped, 130 interrupted, 143 terminated (all three after saving).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("robopolicy.quickstart", "demonstrate, train, evaluate and film a policy in minutes"),
     "data": ("robopolicy.data.commands", "make, check, repair, inspect, merge and split demonstrations in zarr"),
     "train": ("robopolicy.train.commands", "train a diffusion or flow policy on demonstrations; resume a run"),
+    "finetune": ("robopolicy.rl.commands", "make a checkpoint better by reinforcement in simulation; resume a run"),
     "eval": ("robopolicy.evaluate.commands", "measure a policy in simulation: success and score with intervals, films"),
     "compare": ("robopolicy.evaluate.compare", "compare policies on the same seeds, with tests that may be looked at any time"),
     "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),
@@ -34,7 +35,8 @@ your own:
   robopolicy data check data/lift.zarr
   robopolicy train configs/lift_flow.yaml data.path=data/lift.zarr
   robopolicy eval outputs/lift_flow --episodes 200
-  robopolicy compare outputs/lift_flow outputs/other_run
+  robopolicy finetune outputs/lift_flow --method reinflow
+  robopolicy compare outputs/lift_flow outputs/lift_reinflow --episodes 400
 
 'robopolicy VERB --help' teaches each verb with examples; docs/ has a page for each."""
 
