@@ -153,7 +153,8 @@ class Finetuner:
         config = self.config
         obs = env.restore(self._restored) if self._restored is not None else env.reset()
         if self.iteration == 0:
-            metrics.write(0, {**self._evaluate(), "train/env_steps": 0.0})
+            with contextlib.suppress(_Stopped):
+                metrics.write(0, {**self._evaluate(), "train/env_steps": 0.0})
         boundary = _Boundary(env.state(), self.scale.state())
         while self.iteration < config.iterations and self.stop_signal is None:
             started = time.perf_counter()
@@ -198,7 +199,7 @@ class Finetuner:
             )
             bar.update()
             bar.set_postfix_str(progress_line(summary, self.env_steps), refresh=False)
-            collapse = self.guard(self.iteration, scores(rollout.ended))
+            collapse = self.guard(self.iteration, scores(rollout.ended, config.env.reward.source))
             if collapse is not None:
                 tqdm.write(self._say(collapse), file=sys.stderr)
                 if config.guard.stop:
@@ -206,7 +207,7 @@ class Finetuner:
                     return COLLAPSED
             elif self.guard.best is not None and self.guard.best[2] == self.iteration:
                 self.best_window = (self.iteration, *self._snapshot(boundary))
-            if self.iteration % config.eval.every == 0 or self.iteration == config.iterations:
+            if config.eval.episodes and (self.iteration % config.eval.every == 0 or self.iteration == config.iterations):
                 with contextlib.suppress(_Stopped):
                     metrics.write(self.iteration, {**self._evaluate(), "train/env_steps": float(self.env_steps)})
             if self.iteration % config.checkpoint_every == 0 and self.iteration < config.iterations:
@@ -253,11 +254,8 @@ class Finetuner:
             raise _Stopped
 
     def _say(self, collapse: Collapse) -> str:
-        fate = (
-            f"; the run stops, and its last checkpoint is that of iteration {collapse.iteration}"
-            if self.config.guard.stop
-            else ""
-        )
+        kept = self.best_window[0] if self.best_window is not None else 0
+        fate = f"; the run stops, and its last checkpoint is that of iteration {kept}" if self.config.guard.stop else ""
         return (
             f"collapse: training episodes scored {collapse.best:.3f} up to iteration {collapse.iteration} and {collapse.now:.3f} "
             f"now{fate}. Lower ppo.lr or the method's clip, or anchor it with ppo.bc.weight"
@@ -291,15 +289,15 @@ class Finetuner:
             "env_steps": self.env_steps,
             "seconds": self.seconds,
             "lr": self.ppo.lr,
-            "guard": {"history": self.guard.history, "best": self.guard.best},
+            "guard": {"history": list(self.guard.history), "best": self.guard.best},
             "base": self.base.digest,
             "recipe": recipe(self.config, MAY_CHANGE),
         }
         return {name: value.detach().clone() for name, value in tensors.items()}, state
 
     def _write(self, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        weights = {name.removeprefix("head.policy."): t for name, t in tensors.items() if name.startswith("head.policy.")}
-        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+        weights = under(tensors, "head.policy.")
+        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
             raise RobopolicyError(
                 f"fine-tuning diverged: the weights of iteration {iteration} are not finite; lower ppo.lr. Checkpoints are intact"
             )
@@ -317,6 +315,8 @@ class Finetuner:
             iteration,
             {"finetune": (tensors, state), "policy": (weights, {**self.policy.document(), "provenance": source})},
         )
+        for later in (step for step in self.checkpoints.steps() if step > iteration):  # after a collapse
+            shutil.rmtree(self.checkpoints.path(later))
         self.checkpoints.prune(set())
         return path
 
@@ -328,15 +328,10 @@ class Finetuner:
 
     def _return_to_best(self) -> None:
         """Make the best window's checkpoint the last one: what came later is a policy on its way down."""
-        if self.best_window is None:  # resumed after it: the newest checkpoint is the nearest there is
-            return
+        assert self.best_window is not None
         iteration, tensors, state = self.best_window
         self._write(iteration, tensors, state)
-        for later in (step for step in self.checkpoints.steps() if step > iteration):
-            shutil.rmtree(self.checkpoints.path(later))
-        self.policy.load_state_dict(
-            {n.removeprefix("head.policy."): t for n, t in tensors.items() if n.startswith("head.policy.")}
-        )
+        self.head.load_state_dict(under(tensors, "head."))
 
     def _restore(self, folder: Path) -> None:
         tensors, state = read_tensors(folder / "finetune")
@@ -364,6 +359,7 @@ class Finetuner:
             self.seconds, self.ppo.lr = float(state["seconds"]), float(state["lr"])
             self.guard.history = [tuple(row) for row in state["guard"]["history"]]
             self.guard.best = None if state["guard"]["best"] is None else tuple(state["guard"]["best"])
+            self.best_window = (self.iteration, tensors, state)  # or it was earlier: then this is the nearest there is
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"checkpoint '{folder}' does not fit config.yaml of its run ({reason})") from error
@@ -374,9 +370,11 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def scores(ended: list[Ended]) -> list[float]:
-    """What the guard watches: success where there is any, else the total reward."""
-    return [float(episode.success) for episode in ended]
+def scores(ended: list[Ended], source: str) -> list[float]:
+    """What the guard watches: what the source of the reward makes of an episode."""
+    if source == "success":
+        return [float(episode.success) for episode in ended]
+    return [episode.total_reward if source == "task" else episode.max_reward for episode in ended]
 
 
 def episode_summary(ended: list[Ended]) -> dict[str, float]:
