@@ -72,6 +72,7 @@ class Head(nn.Module, ABC):
     def act(self, ctx: Tensor, generator: torch.Generator) -> Acted:
         """An exploring chunk for each context ``[B, C]``, without gradients. What is recorded is what was executed, unclipped."""
 
+    @torch.no_grad()
     def prepare(self, ctx: Tensor, record: Record, generator: torch.Generator) -> Record:
         """Add to the record, once after a roll-out and without gradients, what the old policy says of it.
 

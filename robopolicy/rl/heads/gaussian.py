@@ -42,6 +42,11 @@ class Gaussian(Head):
                 "method gaussian: a network that predicts eps says nothing about the clean chunk at t = 1; use a policy with "
                 "prediction v, x0 or flow"
             )
+        if policy.config.frozen_above is not None:
+            raise ConfigError(
+                f"method gaussian: above t = {policy.config.frozen_above:.3g} this checkpoint's network is frozen, and this "
+                "method tunes it at t = 1; use the checkpoint that was fine-tuned, or another method"
+            )
         super().__init__(config, policy)
         self.log_std = nn.Parameter(torch.full((policy.action_transform.dim,), math.log(config.std)), config.learn_std)
 
@@ -62,7 +67,12 @@ class Gaussian(Head):
         mean = policy.field(x, ctx.new_ones(len(ctx)), ctx).x0
         if policy.sampler.clip is not None:
             mean = mean.clamp(-policy.sampler.clip, policy.sampler.clip)
-        return StepDist(mean, self.log_std.exp().clamp(self.config.min_std, self.config.max_std))
+        return StepDist(mean, self.std)
+
+    @property
+    def std(self) -> Tensor:
+        """Std of the exploration ``[A]``."""
+        return self.log_std.exp().clamp(self.config.min_std, self.config.max_std)
 
     @torch.no_grad()
     def act(self, ctx: Tensor, generator: torch.Generator) -> Acted:
@@ -75,7 +85,7 @@ class Gaussian(Head):
         return (log_prob.mean(-1) if self.config.reduce == "mean" else log_prob.sum(-1))[:, None]
 
     def entropy(self, ctx: Tensor, record: Record) -> Tensor | None:
-        return self.log_std.mean() + 0.5 * math.log(2 * math.pi * math.e) if self.config.learn_std else None
+        return self.std.log().mean() + 0.5 * math.log(2 * math.pi * math.e) if self.config.learn_std else None
 
     def divergence(self, ctx: Tensor, record: Record) -> Tensor:
         new = self.distribution(self.policy, ctx)
