@@ -140,7 +140,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {"started": conditions(), "rows": rows}
     print(
-        f"{'task':16} {'workers':>7} {'bare/s':>8} {'collecting/s':>13} {'of bare':>18} {'iteration/s':>12}   env, inference, update"
+        f"{'task':16} {'workers':>7} {'bare/s':>8} {'collecting/s':>13} {'of bare':>18} {'iteration/s':>12}   env, infer, update"
     )
     for task in args.tasks:
         for workers in args.workers:
