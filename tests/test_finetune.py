@@ -150,7 +150,7 @@ def test_a_tuned_policy_is_frozen_where_it_was_not_tuned_and_can_be_tuned_again(
         assert torch.equal(second.field(x, t, ctx).x0, loaded.field(x, t, ctx).x0) == same
     with pytest.raises(ConfigError, match="keep the settings of its first fine-tuning"):
         finetuner(config(tmp_path / "first", method={**DPPO, "tuned_steps": 3}), tmp_path / "third")
-    with pytest.raises(ConfigError, match="frozen above t = 0.5"):
+    with pytest.raises(ConfigError, match="this method tunes it at t = 1"):
         finetuner(config(tmp_path / "first", method={"type": "gaussian"}), tmp_path / "fourth")
 
 
@@ -163,12 +163,11 @@ def test_training_from_scratch(tmp_path: Path) -> None:
     assert run.env_steps == 6 * 2 * 2  # one step of each chunk, after which the episode is over
     assert load_policy(tmp_path / "run").action_feature.shape == (2,)
     assert_same_run(tmp_path / "run", finished(value, tmp_path / "again").out)
-    with pytest.raises(ConfigError, match="no section 'policy'"):
-        description.write_text("name: x\n")
-        finetuner(value, tmp_path / "other")
     with pytest.raises(ConfigError, match="unbounded action space"):
-        description.write_text(yaml.safe_dump({"policy": POLICY}))
         finetuner({**value, "task": {"name": "walk:Walk"}}, tmp_path / "other")
+    description.write_text("name: x\n")
+    with pytest.raises(ConfigError, match="no section 'policy'"):
+        finetuner(value, tmp_path / "other")
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def test_stopping_and_resuming_changes_no_bit(checkpoint: Path, tmp_path: Path, 
     finished(value, tmp_path / "straight")
     stop_after(3, finetuner(value, tmp_path / "stopped"))
     lengths = tensors(tmp_path / "stopped")["env.chunks"]
-    assert 0 < lengths.float().mean() and lengths.unique().numel() > 1  # in the midst of episodes, not all at the same step
+    assert lengths.unique().numel() > 1  # in the midst of episodes, not all at the same step
     assert finetuner(value, tmp_path / "stopped", resume=True).iteration == 3
     more = config(checkpoint, method=method, ppo=ppo, env={"num_workers": 2}) if method["type"] == "dppo" else value
     finished(more, tmp_path / "stopped", resume=True)

@@ -166,6 +166,8 @@ class ChunkEnv:
             rows = step.length[:, None] + np.arange(self.n_obs_steps)
             self._history[name] = moved[np.arange(self.num_envs)[:, None], rows]
         self._finite(np.flatnonzero(active))
+        if not np.isfinite(step.reward).all():
+            raise TaskError("the reward is not finite in training; mend the task, or limit its actions")
         powers = self.config.gamma ** np.arange(actions.shape[1]) if self.config.discounting == "step" else 1.0
         reward = (self._worth(step.reward, step.success, taken) * powers).sum(1)
         discount = self.config.gamma ** (step.length if self.config.discounting == "step" else np.ones(self.num_envs))
