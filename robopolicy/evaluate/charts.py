@@ -1,7 +1,7 @@
 """Small charts as SVG text, drawn by hand so that they take the colours of the page around them, light or dark.
 
-Classes used: ``axis`` (lines), ``tick`` and ``label`` (text), ``s0`` and ``s1`` (series), ``ref`` (reference line), ``note``
-(muted text).
+Classes used: ``axis`` (lines), ``tick`` and ``label`` (text), ``s0`` and ``s1`` (series), ``ref`` (reference line), ``band``
+(shade), ``note`` (muted text).
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ def line_chart(
     log: bool = False,
     references: Mapping[str, float] | None = None,
     y_range: tuple[float, float] | None = None,
+    band: Sequence[tuple[float, float, float]] = (),
 ) -> str:
-    """Lines through ``(x, y)`` points; with ``log`` the y axis is logarithmic. ``references`` are labelled horizontal lines."""
+    """Lines through ``(x, y)`` points; with ``log`` the y axis is logarithmic. ``references`` are labelled horizontal lines,
+    ``band`` of ``(x, low, high)`` is a shade behind the lines, within ``y_range``."""
     references = references or {}
     points = {
         name: np.array([(x, y) for x, y in rows if math.isfinite(y) and (y > 0 or not log)]) for name, rows in series.items()
@@ -59,6 +61,9 @@ def line_chart(
         y = y_of(value)
         parts.append(f'<line class="ref" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="note" x="{WIDTH - RIGHT - 4}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    if band:
+        edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
+        parts.append(f'<polygon class="band" points="{" ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in edge)}"/>')
     for index, (name, rows) in enumerate(points.items()):
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in _thin(rows))
         parts.append(f'<polyline class="s{index % 2}" points="{path}"/>')

@@ -58,10 +58,11 @@ def write_report(
     """Write a self-contained HTML report.
 
     Args:
-        path: The file; missing folders are made. title: Heading. evaluation: One evaluation, shown in full, or several, shown
-        side by side. learning_curve: One chart per entry, for example ``{"training loss": [(0, 1.2), (100, 0.4)], "success":
-        [...]}``. Names that
-            contain "loss" get a logarithmic axis.
+        path: The file; missing folders are made.
+        title: Heading.
+        evaluation: One evaluation, shown in full, or several, shown side by side, or none.
+        learning_curve: One chart per entry, for example ``{"training loss": [(0, 1.2), (100, 0.4)], "success": [...]}``. Names
+            that contain "loss" get a logarithmic axis.
         config: The run's configuration, shown as YAML.
         films: Films to embed; by default those of the evaluations.
         extra: Further sections, shown first.
@@ -73,7 +74,7 @@ def write_report(
     labels = [chr(ord("A") + i) for i in range(len(evaluations))]
     if films is None:
         films = [film for e in evaluations for film in e.films]
-    first = evaluations[0]
+    first = evaluations[0] if evaluations else None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("robopolicy.evaluate", "."),
         autoescape=True,
@@ -82,17 +83,19 @@ def write_report(
     )
     html = environment.get_template("report.html.j2").render(
         title=title,
-        subtitle=f"{first.task.name}, seeds {_seed_range(first)}, {first.provenance.get('time', '')}",
+        subtitle=f"{first.task.name}, seeds {_seed_range(first)}, {first.provenance.get('time', '')}" if first else "",
         evaluations=evaluations,
         labels=labels,
-        tiles=_tiles(first),
+        tiles=_tiles(first) if first else [],
         extra=list(extra),
         interval_charts=[
             Markup(intervals([(name, e.success) for name, e in zip(labels, evaluations, strict=True)], x_label="success")),
             Markup(
                 intervals([(name, e.max_reward) for name, e in zip(labels, evaluations, strict=True)], x_label="mean max reward")
             ),
-        ],
+        ]
+        if first
+        else [],
         films=[{"episode": film.episode, "data": base64.b64encode(film.mp4).decode()} for film in films],
         curves=_curves(learning_curve or {}),
         histograms=[Markup(histogram(e.max_rewards, x_label="largest reward in the episode")) for e in evaluations],

@@ -73,16 +73,26 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     from robopolicy.rl.finetune import COLLAPSED, Finetuner
+    from robopolicy.rl.report import final_test, write_run_report
     from robopolicy.task import find_task
 
     find_task(config.task.name)  # before the checkpoint is loaded
     finetuner = Finetuner(config, out, resume=args.resume is not None)
     code = finetuner.run()
+    if not finetuner.checkpoints.steps():
+        print("stopped before the first iteration was done; nothing was saved")
+        return code
+    report = write_run_report(finetuner, code)  # at once: the test takes minutes, and may be interrupted
     print(f"iteration {finetuner.iteration}, {finetuner.env_steps} environment steps: {finetuner.checkpoints.folder / 'last'}")
-    if code in (0, COLLAPSED):
-        print(_next(config, out))
-    else:
-        print(f"stopped; continue with: robopolicy finetune --resume {out}")
+    if code not in (0, COLLAPSED):
+        print(f"report  {report}\nstopped; continue with: robopolicy finetune --resume {out}")
+        return code
+    if (test := final_test(finetuner)) is not None:
+        write_run_report(finetuner, code, test)
+        if config.eval.test_episodes:
+            print("\n".join(test.lines()))
+    print(f"report  {report}")
+    print(_next(config, out))
     return code
 
 

@@ -32,6 +32,7 @@ from robopolicy.policy import Policy
 from robopolicy.provenance import provenance
 from robopolicy.rl.base import Base, demonstrations, load_base
 from robopolicy.rl.config import FinetuneConfig
+from robopolicy.rl.diagnose import Diagnosis
 from robopolicy.rl.envs import ChunkEnv, Ended
 from robopolicy.rl.gae import RewardScale
 from robopolicy.rl.guard import Collapse, Guard
@@ -40,7 +41,7 @@ from robopolicy.rl.heads.registry import HEADS
 from robopolicy.rl.ppo import PPO
 from robopolicy.rl.rollout import collect
 from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
-from robopolicy.train.metrics import Metrics
+from robopolicy.train.metrics import Metrics, read_metrics
 from robopolicy.train.run import changed_keys, recipe, signals, step_seed
 
 FORMAT = 1
@@ -90,6 +91,7 @@ class Finetuner:
         self.ppo = PPO(config.ppo, self.head, self.value, self._demonstrations())
         self.scale = RewardScale(config.env.num_envs)
         self.guard = Guard(config.guard)
+        self.diagnosis = Diagnosis(config)
         self.iteration = 0
         self.env_steps = 0
         self.seconds = 0.0
@@ -151,10 +153,12 @@ class Finetuner:
 
     def _loop(self, env: ChunkEnv, metrics: Metrics, bar: tqdm[Any]) -> int:
         config = self.config
+        for row in read_metrics(metrics.path):  # of the run before it was resumed
+            self.diagnosis(row)
         obs = env.restore(self._restored) if self._restored is not None else env.reset()
         if self.iteration == 0:
             with contextlib.suppress(_Stopped):
-                metrics.write(0, {**self._evaluate(), "train/env_steps": 0.0})
+                self._log(metrics, self._evaluate())
         boundary = _Boundary(env.state(), self.scale.state())
         while self.iteration < config.iterations and self.stop_signal is None:
             started = time.perf_counter()
@@ -186,12 +190,11 @@ class Finetuner:
             with torch.no_grad():
                 few = {name: values[:512] for name, values in rollout.batch.record.items()}
                 summary["ratio/divergence_from_base"] = float(self.head.divergence(rollout.batch.ctx[:512], few))
-            metrics.write(
-                self.iteration,
+            self._log(
+                metrics,
                 {
                     **diagnostics,
                     **summary,
-                    "train/env_steps": float(self.env_steps),
                     "time/collect": collecting,
                     "time/update": seconds - collecting,
                     "time/env_steps_per_s": rollout.env_steps / seconds,
@@ -209,12 +212,19 @@ class Finetuner:
                 self.best_window = (self.iteration, *self._snapshot(boundary))
             if config.eval.episodes and (self.iteration % config.eval.every == 0 or self.iteration == config.iterations):
                 with contextlib.suppress(_Stopped):
-                    metrics.write(self.iteration, {**self._evaluate(), "train/env_steps": float(self.env_steps)})
+                    self._log(metrics, self._evaluate())
             if self.iteration % config.checkpoint_every == 0 and self.iteration < config.iterations:
                 self._save_or_warn(boundary)
         if self.iteration:
             self.save(boundary)  # a full disk is an error here: there is no later chance
         return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+    def _log(self, metrics: Metrics, values: dict[str, float]) -> None:
+        """Write a row of metrics, and say what is newly wrong with the run."""
+        row = {**values, "train/env_steps": float(self.env_steps)}
+        metrics.write(self.iteration, row)
+        for finding in self.diagnosis({"step": self.iteration, **row}):
+            tqdm.write(f"warning: iteration {self.iteration}: {finding}", file=sys.stderr)
 
     def _evaluate(self) -> dict[str, float]:
         config = self.config.eval
