@@ -32,11 +32,15 @@ class RewardConfig(Config):
         discounting: ``chunk``: rewards of a chunk are summed and gamma counts once per chunk (DPPO, ReinFlow, DSRL). ``step``:
             ``sum_j gamma^j r_j`` and ``gamma^n`` after ``n`` executed steps (QC, RL-100).
         gamma: Discount.
+        bootstrap: What follows a time-out is worth what the value network says. Right for tasks that go on, where only the
+            training is cut; where reward keeps coming, values then grow to ``1 / (1 - gamma)`` chunks of it, so gamma must suit.
+            False: a time-out ends the task, as evaluation sees it.
     """
 
     source: Literal["task", "success", "best"] = "task"
     discounting: Literal["chunk", "step"] = "chunk"
     gamma: float = pydantic.Field(default=0.99, gt=0, le=1)
+    bootstrap: bool = True
 
 
 class Ended(NamedTuple):

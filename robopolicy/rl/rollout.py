@@ -73,14 +73,15 @@ def collect(
         next_worth = value(next_ctx)
         cut = transition.terminated | transition.truncated
         led_to = next_worth.numpy()
-        if (transition.truncated & ~transition.terminated).any():
+        over = transition.terminated if env.config.bootstrap else cut
+        if (transition.truncated & ~over).any():
             led_to = np.where(cut, value(policy.encode(policy.observe(transition.final_obs))).numpy(), led_to)
         reward = transition.reward
         if scale is not None:
             reward = scale(reward, transition.discount, cut)
         contexts.append(ctx)
         records.append(record)
-        rows.append((reward, worth.numpy(), led_to, transition.discount, transition.terminated, transition.truncated))
+        rows.append((reward, worth.numpy(), led_to, transition.discount, over, transition.truncated))
         ended += transition.ended
         steps += int(transition.executed.sum())
         ctx, worth = next_ctx, next_worth
