@@ -366,7 +366,7 @@ def test_divergence_of_chains_is_that_of_torch() -> None:
     for i, (t, u) in enumerate(head.tuned):
         new, old = (head.step(p, chain[:, i], t, u, ctx).floored(head.config.min_std) for p in (head.policy, head.base))
         kl = kl_divergence(Normal(new.mean, torch.tensor(new.std)), Normal(old.mean, torch.tensor(old.std)))
-        expected += float(kl[:, EXECUTED].mean())
+        expected += kl[:, EXECUTED].mean().item()
     assert head.divergence(ctx, record).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -421,7 +421,7 @@ def test_order_of_the_pairs_does_not_matter() -> None:
         ratio, other = (head.log_ratio(ctx, r).exp() for r in (record, permuted))
         if name == "fpo++":
             ratio = ratio[:, order]
-        assert float((ratio - 1).abs().max()) > 1e-4
+        assert (ratio - 1).abs().max().item() > 1e-4
         torch.testing.assert_close(ratio, other, atol=1e-6, rtol=1e-6)
 
 
@@ -518,6 +518,8 @@ def test_fpo_explores_with_the_sampler_of_the_policy() -> None:
     zero = method("fpo", policy, zero_noise=True)
     assert torch.equal(zero.act(ctx, seeded(1)).chunk, policy.sample(ctx, seeded(1)))
     assert torch.equal(zero.policy.sample(ctx, seeded(1)), zero.policy.sample(ctx, seeded(2)))
+    again = method("fpo", zero.policy, zero_noise=True)
+    assert torch.equal(again.act(ctx, seeded(1)).chunk, policy.sample(ctx, seeded(1)))
     with pytest.raises(ConfigError, match="set zero_noise: true"):
         method("fpo", zero.policy)
 
@@ -556,16 +558,16 @@ def test_learned_noise_stays_in_its_range_and_decays() -> None:
     head = method("reinflow", parent(), decay=True)
     ctx, record = rolled_out(head)
     x, t = record["chain"][:, 0], torch.ones(M)
-    assert float((head.std(x, t, ctx) - math.sqrt(0.08 * 0.16)).abs().max()) < 1e-6
+    assert (head.std(x, t, ctx) - math.sqrt(0.08 * 0.16)).abs().max().item() < 1e-6
     scramble(head.noise_net, seeded(4), 3.0)
-    std = head.std(x, t, ctx)
+    std = head.std(x, t, ctx).detach()
     assert 0.08 - 1e-6 <= float(std.min()) < 0.09 < 0.15 < float(std.max()) <= 0.16 + 1e-6
     seen = []
     for progress in (0.0, 0.35, 0.675, 1.0):
         head.anneal(progress)
         seen.append(head.max_std)
     assert seen == pytest.approx([0.16, 0.16, 0.12, 0.08])
-    assert float((head.std(x, t, ctx) - 0.08).abs().max()) < 1e-6
+    assert (head.std(x, t, ctx) - 0.08).abs().max().item() < 1e-6
     constant = method("reinflow", parent())
     constant.anneal(1.0)
     assert constant.max_std == 0.16
@@ -588,14 +590,14 @@ def test_the_noise_of_reinflow_is_learned_and_its_entropy_is_that_of_torch() -> 
 # --- PolicyFlow ----------------------------------------------------------------------------------------------------------------
 
 
-class ConstantFlow:
-    """A field of the given ``eps - x0``, a function of the time alone."""
+class TimeFlow:
+    """A field whose ``eps - x0`` is ``offset + bend (t - 0.6)^2``."""
 
-    def __init__(self, policy: Policy, offset: float, slope: float = 0.0) -> None:
-        self.path, self.offset, self.slope = policy.path, offset, slope
+    def __init__(self, policy: Policy, offset: float, bend: float = 0.0) -> None:
+        self.path, self.offset, self.bend = policy.path, offset, bend
 
     def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
-        y = (self.offset + self.slope * t.to(x.dtype))[:, None, None].expand_as(x)
+        y = (self.offset + self.bend * (t.to(x.dtype) - 0.6) ** 2)[:, None, None].expand_as(x)
         return self.path.predict(x, t, y, "flow")
 
 
@@ -604,10 +606,10 @@ def test_ratio_of_policyflow_is_exact_for_a_constant_velocity(kind: str) -> None
     policy = parent(kind, sampler={"type": "ddim", "clip": None})
     head = method("policyflow", policy, num_steps=5)
     ctx = contexts(policy)
-    head.policy.leaf = ConstantFlow(policy, 0.4)
+    head.policy.leaf = TimeFlow(policy, 0.4)
     chunk, acted = head.act(ctx, seeded(1))
     record = head.prepare(ctx, acted, seeded(2))
-    head.policy.leaf = ConstantFlow(policy, 0.37)
+    head.policy.leaf = TimeFlow(policy, 0.37)
     with torch.no_grad():
         head.log_std += 0.1
     end = head.policy.sampler.sample(head.policy.field, ctx, policy.path.prior(acted["noise"]), path=policy.path).x0
@@ -623,13 +625,13 @@ def test_times_of_policyflow_weigh_as_the_steps_of_the_sampler_do(kind: str) -> 
     policy = parent(kind, sampler={"type": "ddim", "clip": None})
     head = method("policyflow", policy, num_steps=5)
     ctx = contexts(policy, 4000)
-    head.policy.leaf = ConstantFlow(policy, 0.4)
+    head.policy.leaf = TimeFlow(policy, 0.4)
     acted = head.act(ctx, seeded(1)).record
     record = head.prepare(ctx, acted, seeded(2))
-    head.policy.leaf = ConstantFlow(policy, 0.4, 0.5)
+    head.policy.leaf = TimeFlow(policy, 0.4, 2.0)
     end = head.policy.sampler.sample(head.policy.field, ctx, policy.path.prior(acted["noise"]), path=policy.path).x0
     shift = -head.length * (head.velocity(head.policy, ctx, record) - record["velocity"]).mean()
-    assert float(shift) == pytest.approx(float((end - acted["end"]).mean()), abs=0.01)  # 4 standard errors
+    assert float(shift) == pytest.approx(float((end - acted["end"]).mean()), abs=0.009)  # 4 standard errors
     assert {round(t, 6) for t in record["t"].tolist()} == {round(t, 6) for t in head.policy.sampler.times(policy.path)[:-1]}
 
 
