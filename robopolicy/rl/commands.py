@@ -21,7 +21,7 @@ examples:
   robopolicy finetune outputs/lift_flow --method fpo --task lift --task-arg horizon=100 env.reward.source=success
   robopolicy finetune outputs/can_diffusion --preset paper_can       # as published; hours
   robopolicy finetune --resume outputs/lift_dppo                     # continues to the bit where it stopped
-  robopolicy finetune configs/scratch.yaml --task sparse_reach       # a file with a policy section: from scratch
+  robopolicy finetune scratch.yaml --task sparse_reach               # a file with a policy section: from scratch
   robopolicy finetune outputs/lift_flow --method fpo --print-config
   robopolicy finetune --list-presets
 

@@ -178,14 +178,14 @@ def _success(rows: Rows) -> Section:
     )
     return Section(
         "Learning",
-        _grid([("", success), ("", reward)]),
+        _grid([success, reward]),
         "Evaluated: without exploration, on validation seeds, with its 95 % interval. Exploring: the episodes it learns from.",
     )
 
 
 def _diagnostics(rows: Rows) -> Section:
     charts = [
-        (title, line_chart({title: _thin(_points(rows, key))}, x_label="environment steps", y_label=title))
+        line_chart({title: _thin(_points(rows, key))}, x_label="environment steps", y_label=title)
         for key, (title, _) in DIAGNOSTICS.items()
     ]
     return Section("Diagnostics", _grid(charts), "; ".join(f"{title}: {good}" for title, good in DIAGNOSTICS.values()) + ".")
@@ -221,10 +221,10 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _table(rows: Mapping[str, str]) -> Markup:
-    cells = (Markup('<tr><th style="width:170px">{}</th><td>{}</td></tr>').format(*row) for row in rows.items())
+    cells = (Markup('<tr><th style="width:220px">{}</th><td>{}</td></tr>').format(*row) for row in rows.items())
     return Markup("<table>{}</table>").format(Markup("").join(cells))
 
 
-def _grid(charts: Sequence[tuple[str, str]]) -> Markup:
-    drawn = [(Markup("<h3>{}</h3>").format(title) if title else "", Markup(chart)) for title, chart in charts if chart]
-    return Markup('<div class="grid">{}</div>').format(Markup("").join(Markup("<div>{}{}</div>").format(*one) for one in drawn))
+def _grid(charts: Sequence[str]) -> Markup:
+    cells = (Markup("<div>{}</div>").format(Markup(chart)) for chart in charts if chart)
+    return Markup('<div class="grid">{}</div>').format(Markup("").join(cells))
