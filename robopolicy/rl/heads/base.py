@@ -107,9 +107,3 @@ class Head(nn.Module, ABC):
 
     def anneal(self, progress: float) -> None:
         """Told before each iteration how much of the training is done, 0 to 1."""
-
-
-def velocity(policy: Policy, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
-    """``eps - x0`` that the policy sees at ``x [B, H, A]`` and ``t [B]``: velocity on the linear path, defined on every path."""
-    pred = policy.field(x, t, ctx)
-    return pred.eps - pred.x0
