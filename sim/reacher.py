@@ -77,7 +77,7 @@ class SparseReach(Task):
         mujoco.mj_resetData(self._model, self._data)
         # The draws of Reacher-v5, in its order: a seed starts the same episode here and there.
         self._qpos[:] = self._start + self.np_random.uniform(-0.1, 0.1, 4)
-        target = self.np_random.uniform(-TARGET_RADIUS, TARGET_RADIUS, 2)
+        target: np.ndarray = self.np_random.uniform(-TARGET_RADIUS, TARGET_RADIUS, 2)
         while np.hypot(*target) >= TARGET_RADIUS:
             target = self.np_random.uniform(-TARGET_RADIUS, TARGET_RADIUS, 2)
         self._qpos[2:] = target
@@ -155,7 +155,7 @@ class ReachExpert:
     def __init__(self, task: SparseReach, rng: np.random.Generator, noise: float) -> None:
         self._task, self._rng, self._std = task, rng, noise * _NOISE_STD
         self._frequency = rng.uniform(9.0, 12.0)  # of the closed loop, critically damped [rad/s]
-        self._offset = np.zeros(2)
+        self._offset: np.ndarray = np.zeros(2)
 
     def act(self) -> np.ndarray:
         """The torques ``[2]`` for the task's present state."""
