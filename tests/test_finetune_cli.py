@@ -22,6 +22,7 @@ from robopolicy.evaluate.run import SEEDS
 from robopolicy.policy import Policy, PolicyConfig
 from robopolicy.rl import diagnose, finetune
 from robopolicy.rl.guard import Collapse
+from robopolicy.train.metrics import read_metrics
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "finetune.md").read_text()
 POLICY = {
@@ -178,6 +179,23 @@ def test_a_run_ends_with_a_paired_test_films_and_a_report(base: str, capsys: pyt
     assert "http" not in re.sub(r'xmlns="[^"]*"|base64,[^"]*', "", report)
     assert main(["eval", str(out), "--episodes", "8", "--num-envs", "8"]) == 0  # every other verb takes the result
     assert load_evaluation(out / "eval" / "Dot_200000_8" / "eval.json").successes.tolist() == after.successes.tolist()
+
+
+def test_tensorboard_has_success_against_environment_steps_and_keeps_it_over_a_resume(base: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, quick = Path("run"), ["method.tuned_steps=1", "eval.test_episodes=0", "eval.films=0"]
+    assert main(["finetune", base, "--out", str(out), *TINY, *quick]) == 0
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump({**config, "iterations": 6}))
+    assert main(["finetune", "--resume", str(out)]) == 0
+    events = EventAccumulator(str(out / "tensorboard" / "env_steps"))
+    events.Reload()
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "eval/success" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for key in ("eval/success", "eval/success_low", "eval/success_high"):
+        points = [(event.step, event.value) for event in events.Scalars(key)]
+        assert points == [(int(row["train/env_steps"]), pytest.approx(row[key])) for row in rows]
 
 
 def test_a_finished_run_can_be_resumed_which_makes_the_report_again(base: str, capsys: pytest.CaptureFixture[str]) -> None:

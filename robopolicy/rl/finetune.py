@@ -38,6 +38,7 @@ from robopolicy.rl.gae import RewardScale
 from robopolicy.rl.guard import Collapse, Guard
 from robopolicy.rl.heads.base import Head
 from robopolicy.rl.heads.registry import HEADS
+from robopolicy.rl.metrics import RunMetrics
 from robopolicy.rl.ppo import PPO
 from robopolicy.rl.rollout import collect
 from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
@@ -136,7 +137,7 @@ class Finetuner:
                     seed=config.seed,
                     reward=config.env.reward,
                 ) as env,
-                Metrics(self.out, self.iteration) as metrics,
+                RunMetrics(self.out, self.iteration, self.env_steps) as metrics,
                 signals(self._on_signal),
                 tqdm(
                     total=config.iterations,
