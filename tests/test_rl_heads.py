@@ -582,7 +582,7 @@ def test_the_noise_of_reinflow_is_learned_and_its_entropy_is_that_of_torch() -> 
     chain = record["chain"]
     stds = [head.std(chain[:, i], torch.full((M,), t), ctx)[:, EXECUTED] for i, (t, _) in enumerate(head.steps)]
     entropy = head.entropy(ctx, record)
-    assert entropy.item() == pytest.approx(float(Normal(0.0, torch.stack(stds)).entropy().mean()), rel=1e-5)
+    assert entropy.item() == pytest.approx(Normal(0.0, torch.stack(stds)).entropy().mean().item(), rel=1e-5)
     head.log_ratio(ctx, record).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in head.noise_net.parameters())
 
