@@ -93,6 +93,7 @@ class Gymnasium(Task):
     def _observed(self) -> dict[str, Feature]:
         space = self._env.observation_space
         spaces = dict(space.spaces) if isinstance(space, Dict) else {_NAME: space}
+        features: dict[str, Feature] = {}
         for name, part in spaces.items():
             if not isinstance(part, Box):
                 raise TaskError(f"{self.id}: observation '{name}' is {part}; only vectors of numbers can be observed")
@@ -100,7 +101,8 @@ class Gymnasium(Task):
                 raise TaskError(
                     f"{self.id}: observation '{name}' is an array {part.shape} {part.dtype}; only vectors can be observed"
                 )
-        return {name: Feature(name, part.shape, "float32", "", (), self.rate) for name, part in spaces.items()}
+            features[name] = Feature(name, part.shape, "float32", "", (), self.rate)
+        return features
 
     def _acted(self) -> Feature:
         space = self._env.action_space

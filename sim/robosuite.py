@@ -49,6 +49,7 @@ class RobosuiteTask(Task):
     fingers [m], and the poses of the task's objects.
 
     Args:
+        max_episode_steps: Overrides the task's own.
         render_size: Height and width of the frames of :meth:`render` [px]; nothing is drawn unless it is called.
 
     Raises:
@@ -62,7 +63,9 @@ class RobosuiteTask(Task):
     robosuite_name: ClassVar[str]
     camera: ClassVar[str] = "agentview"
 
-    def __init__(self, render_size: int = 512) -> None:
+    def __init__(self, max_episode_steps: int | None = None, render_size: int = 512) -> None:
+        if max_episode_steps is not None:
+            self.max_episode_steps = max_episode_steps
         self._env = _make(self.robosuite_name)
         self._render_size = render_size
         self._renderer: Renderer | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -134,10 +135,26 @@ def test_the_sign_of_the_orientation_does_not_jump_while_the_arm_moves(lift: ada
         assert np.sum(quats[1:] * quats[:-1], axis=1).min() > 0.9
 
 
-def test_an_episode_is_cut_at_its_limit(lift: adapter.Lift, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lift, "max_episode_steps", 3)
+def test_an_episode_is_cut_at_its_limit() -> None:
+    lift = adapter.Lift(max_episode_steps=3)
     lift.reset(seed=0)
     assert [lift.step(np.zeros(7))[2:4] for _ in range(3)] == [(False, False), (False, False), (False, True)]
+
+
+def test_a_reset_compiles_nothing_and_costs_no_more_than_a_few_steps(task: RobosuiteTask) -> None:
+    """A reset takes half a step and compiling the model thirty (of CPU time, which a busy machine does not touch)."""
+
+    def cost(run: Callable[[int], object], count: int) -> float:
+        started = time.process_time()
+        for i in range(count):
+            run(i)
+        return (time.process_time() - started) / count
+
+    task.reset(seed=0)
+    model = task._env.sim.model._model
+    step = cost(lambda _: task.step(np.zeros(7)), 10)
+    assert cost(lambda seed: task.reset(seed=seed), 5) < 5 * step
+    assert task._env.sim.model._model is model
 
 
 @pytest.mark.parametrize(("name", "seeds", "noise"), [("Lift", 3, 1.0), ("Stack", 1, 0.0), ("Can", 1, 0.0)])
