@@ -69,12 +69,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def parent(kind: str = "flow", net: str = "mlp", **changes: Any) -> Policy:
+def parent(kind: str = "flow", net: str = "mlp", camera: bool = False, **changes: Any) -> Policy:
     config = parse(PolicyConfig, {"horizon": H, "n_action_steps": ROWS, "net": NETS[net], **PARENTS[kind], **changes})
     normalizers = {"state": Normalizer(3), "action": Normalizer(A)}
+    observations = {"state": Feature("state", (3,))} | ({"camera": Feature("camera", (16, 16, 3), "uint8")} if camera else {})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        made = Policy(config, {"state": Feature("state", (3,))}, Feature("action", (A,)), normalizers)
+        made = Policy(config, observations, Feature("action", (A,)), normalizers)
         scramble(made, seeded())
     return made.eval()
 
@@ -163,7 +164,8 @@ def test_divergence_is_nothing_at_the_base_and_grows(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_network_and_the_exploration_learn(name: str) -> None:
-    head = method(name, parent())
+    head = method(name, parent(camera=True, encoder={"type": "multimodal", "rgb": {"widths": [16]}}))
+    assert list(head.policy.encoder.parameters())
     learned = {key for key, parameter in head.named_parameters() if parameter.requires_grad}
     own = ("policy.net.", "noise_net.", "log_std")
     assert {key for key in learned if not key.startswith(own)} == set()
