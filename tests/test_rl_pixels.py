@@ -69,10 +69,8 @@ def test_one_iteration(tmp_path: Path, method: str, net: str, observes: tuple[st
     }
     assert Finetuner(parse(FinetuneConfig, settings), tmp_path / "run").run() == 0
     tuned = load_policy(tmp_path / "run")
-    before = policy.state_dict()
-    changed = {
-        name.split(".")[0] for name, value in tuned.state_dict().items() if name in before and not value.equal(before[name])
-    }
+    before, after = policy.state_dict(), tuned.state_dict()
+    changed = {name.split(".")[0] for name in before if not after[name].equal(before[name])}
     assert changed == {"net"}
     if method == "dppo":
         frozen = {f"frozen_net.{name}": value for name, value in policy.net.state_dict().items()}
