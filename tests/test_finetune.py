@@ -200,7 +200,7 @@ def stop_after(iterations: int, run: Finetuner) -> None:
             run._on_signal(signal.SIGTERM)
         return update(*args)
 
-    run.ppo.update = updating  # type: ignore[method-assign]
+    run.ppo.update = updating
     assert run.run() == 128 + signal.SIGTERM
     assert run.iteration == iterations
 
@@ -229,7 +229,7 @@ def test_an_interrupt_during_a_rollout_costs_nothing(checkpoint: Path, tmp_path:
             os.kill(os.getpid(), signal.SIGINT)
         return act(*args)
 
-    run.head.act = acting  # type: ignore[method-assign]
+    run.head.act = acting
     assert run.run() == 130
     assert run.iteration == 3
     finished(value, tmp_path / "stopped", resume=True)

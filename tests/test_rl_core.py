@@ -171,7 +171,7 @@ def test_the_clipped_surrogate() -> None:
     clips = torch.tensor([0.2])
     for advantage, expected in ((2.0, [1.0, 2.0, 2.4]), (-2.0, [-1.6, -2.0, -3.0])):
         for kind in ("ppo", "aspo")[: 2 if advantage > 0 else 1]:
-            value = surrogate(ratio, torch.full((3, 1), advantage), clips, kind)  # type: ignore[arg-type]
+            value = surrogate(ratio, torch.full((3, 1), advantage), clips, kind)
             torch.testing.assert_close(value[:, 0], torch.tensor(expected))
     value = surrogate(torch.full((1, 2), 1.5), torch.ones(1, 1), torch.tensor([0.1, 0.3]), "ppo")
     torch.testing.assert_close(value, torch.tensor([[1.1, 1.3]]))  # each term has a clip of its own
@@ -398,7 +398,7 @@ def test_a_rollout_is_what_was_acted_on_and_what_came_of_it() -> None:
             windows.append(transitions[-1].obs)
             return transitions[-1]
 
-        env.step = stepping  # type: ignore[method-assign]
+        env.step = stepping
         collected = collected_from(env, first, head, value)
         assert collected is not None
         (rollout, ended, env_steps), last = collected
