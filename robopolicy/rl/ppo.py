@@ -14,8 +14,9 @@ from robopolicy.errors import RobopolicyError
 from robopolicy.nets.values import ValueNet
 from robopolicy.rl.heads.base import Head, Record
 
-# Float32 log-probabilities of equal weights differ by this much between batches of different sizes, never by more.
-RATIO_TOLERANCE = 1e-4
+# Float32 log-probabilities of equal weights differ between batches of different sizes: summed over many entries by 1e-4 and more.
+# What is a small part of the clip range cannot matter.
+RATIO_TOLERANCE = 0.05  # of the clip range
 
 Surrogate = Literal["ppo", "aspo"]
 
@@ -170,10 +171,11 @@ class PPO:
         if config.normalize_advantages:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         log_ratio = head.log_ratio(ctx, record)
-        if first and (off := float(log_ratio.detach().abs().max())) > RATIO_TOLERANCE:
+        off = float((log_ratio.detach().abs() / head.clips).max())
+        if first and off > RATIO_TOLERANCE:
             raise RobopolicyError(
-                f"the log-ratio of new to old policy is {off:.2g} before the first update of the iteration, not 0: the policy "
-                f"that is scored is not the one that acted. This is a defect of method {type(head).__name__} or of its network"
+                f"the log-ratio of new to old policy is {off:.2g} clip ranges before the first update of an iteration, not 0: the "
+                f"policy that is scored is not the one that acted. This is a defect of method {type(head).__name__} or of its network"
             )
         ratio, clips = log_ratio.exp(), head.clips
         weighted = surrogate(ratio, advantage[:, None], clips, config.surrogate) * head.weights
