@@ -21,7 +21,7 @@ class GuardConfig(Config):
     episodes: Training episodes in the window whose mean is watched.
     drop: A collapse is a fall of the mean by this many standard deviations of single episodes (.3: from 60 % success to 45 %) ...
     z: ... and by this many standard errors. The best of many windows is partly luck: at 4, a sixth of the runs that never change
-        are stopped within 300 iterations of 100 episodes; at 5.5 none of 100.
+        are stopped within 300 iterations of 100 episodes; at 5.5 one in 200.
     stop: Stop the run; otherwise only warn.
     """
 
