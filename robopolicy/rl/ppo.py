@@ -174,7 +174,7 @@ class PPO:
         off = float((log_ratio.detach().abs() / head.clips).max())
         if first and off > RATIO_TOLERANCE:
             raise RobopolicyError(
-                f"before the first update of an iteration the log-ratio of new to old policy is {off:.2g} clip ranges, not 0: the "
+                f"before an iteration's first update the log-ratio of new to old policy is {off:.2g} clip ranges, not 0: the "
                 f"policy that is scored is not the one that acted, a defect of method {type(head).__name__} or of its network"
             )
         ratio, clips = log_ratio.exp(), head.clips
