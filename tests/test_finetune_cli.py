@@ -247,6 +247,8 @@ def test_a_collapse_has_an_exit_code_of_its_own(
     assert main(["finetune", base, "--out", "run", *TINY, "method.tuned_steps=1"]) == 3
     said = capsys.readouterr()
     assert "collapse: " in said.err
+    assert "iteration 4, " in said.out
+    assert "step_00000002" in said.out
     report = Path("run/report.html").read_text()
     assert "its policy collapsed; the last checkpoint is that of iteration 2" in report
     assert "Before and after" in report

@@ -79,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
     find_task(config.task.name)  # before the checkpoint is loaded
     finetuner = Finetuner(config, out, resume=args.resume is not None)
     code = finetuner.run()
-    if not finetuner.checkpoints.steps():
+    saved = finetuner.checkpoints.steps()
+    if not saved:
         print("stopped before the first iteration was done; nothing was saved")
         return code
     report = write_run_report(finetuner, code)  # at once: the test takes minutes, and may be interrupted
-    print(f"iteration {finetuner.iteration}, {finetuner.env_steps} environment steps: {finetuner.checkpoints.folder / 'last'}")
+    print(f"iteration {finetuner.iteration}, {finetuner.env_steps} environment steps: {finetuner.checkpoints.path(saved[-1])}")
     if code not in (0, COLLAPSED):
         print(f"report  {report}\nstopped; continue with: robopolicy finetune --resume {out}")
         return code
