@@ -25,6 +25,7 @@ HEALTHY = {
     "ratio/clip_fraction": 0.2,
     "ratio/max": 1.5,
     "value/explained_variance": 0.4,
+    "train/advantage_std": 1.0,
     "train/success": 0.5,
     "train/episodes": 20.0,
 }
@@ -47,6 +48,7 @@ def test_a_healthy_run_has_no_findings() -> None:
         ({"ratio__clip_fraction": 0.6}, PATIENCE, "60% of the ratios are clipped"),
         ({"train__minibatches": 3.0}, PATIENCE, "after 3 of 20 minibatches"),
         ({"ratio__max": 11.0}, 1, "reached 11"),
+        ({"train__advantage_std": 0.0}, PATIENCE, "nothing to learn"),
         ({"value__explained_variance": -0.1}, VALUE_PATIENCE + 1, "worse than a constant"),
     ],
 )
@@ -54,7 +56,7 @@ def test_a_finding_is_told_once_and_names_what_to_change(changes: dict[str, floa
     found = warnings(CONFIG, rows(60, **changes))
     assert [step for step, _ in found] == [iteration]
     assert text in found[0][1]
-    assert "ppo." in found[0][1]
+    assert "ppo." in found[0][1] or "env.reward.source" in found[0][1]
 
 
 def test_a_bad_iteration_now_and_then_is_no_finding() -> None:
