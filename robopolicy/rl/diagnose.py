@@ -46,7 +46,7 @@ class Diagnosis:
         found = {}
         if self._lasting("unrewarded", row["train/advantage_std"] < 1e-9):
             found["unrewarded"] = (
-                f"nothing that the policy did was rewarded otherwise than the rest, for {PATIENCE} iterations, so there is nothing "
+                f"no action was rewarded otherwise than the rest, for {PATIENCE} iterations, so there is nothing "
                 "to learn; start from a base that succeeds now and then, or change env.reward.source"
             )
         clipped, largest = row["ratio/clip_fraction"], row["ratio/max"]
