@@ -8,7 +8,6 @@ run. A signal during a roll-out gives it up; during updates it waits for them.
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import sys
 import time
@@ -202,7 +201,7 @@ class Finetuner:
                 },
             )
             bar.update()
-            bar.set_postfix_str(progress_line(summary, self.env_steps), refresh=False)
+            bar.set_postfix_str(progress_line(summary, self.env_steps, config.env.reward.source), refresh=False)
             collapse = self.guard(self.iteration, scores(rollout.ended, config.env.reward.source))
             if collapse is not None:
                 tqdm.write(self._say(collapse), file=sys.stderr)
@@ -401,6 +400,8 @@ def episode_summary(ended: list[Ended]) -> dict[str, float]:
     }
 
 
-def progress_line(summary: dict[str, float], env_steps: int) -> str:
-    success = summary.get("train/success", math.nan)
-    return f"exploring success {success:.2f}, {env_steps / 1e6:.2f} M steps"
+def progress_line(summary: dict[str, float], env_steps: int, source: str) -> str:
+    """What the progress bar says of an iteration: of its episodes what the reward asks for."""
+    name = {"success": "success", "best": "max_reward", "task": "total_reward"}[source]
+    done = f"exploring {name.replace('_', ' ')} {summary[f'train/{name}']:.2f}, " if summary else ""
+    return f"{done}{env_steps / 1e6:.2f} M steps"
