@@ -117,6 +117,11 @@ def test_a_run_leaves_metrics_and_a_policy(checkpoint: Path, tmp_path: Path) -> 
     assert not all(torch.equal(a, b) for a, b in zip(policy.net.parameters(), before.net.parameters(), strict=True))
 
 
+def test_an_iteration_in_which_no_episode_ends(checkpoint: Path, tmp_path: Path) -> None:
+    finished(config(checkpoint, iterations=1, env={"num_envs": 2, "num_chunks": 1}), tmp_path)
+    assert "train/success" not in metrics(tmp_path)[0]
+
+
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
 def test_before_training_the_policy_is_its_base(tmp_path: Path, prediction: str) -> None:
     """Through the same sampler, and saved, and loaded: frozen network and all."""

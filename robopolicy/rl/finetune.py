@@ -403,5 +403,6 @@ def episode_summary(ended: list[Ended]) -> dict[str, float]:
 def progress_line(summary: dict[str, float], env_steps: int, source: str) -> str:
     """What the progress bar says of an iteration: of its episodes what the reward asks for."""
     name = {"success": "success", "best": "max_reward", "task": "total_reward"}[source]
-    done = f"exploring {name.replace('_', ' ')} {summary[f'train/{name}']:.2f}, " if summary else ""
+    value = summary.get(f"train/{name}")  # none when no episode ended
+    done = "" if value is None else f"exploring {name.replace('_', ' ')} {value:.2f}, "
     return f"{done}{env_steps / 1e6:.2f} M steps"
