@@ -28,7 +28,7 @@ class Base(NamedTuple):
     provenance: dict[str, Any]
 
 
-def load_base(config: FinetuneConfig) -> Base:
+def load_base(config: FinetuneConfig, device: torch.device) -> Base:
     """The policy that the run improves. Raises CheckpointError, or ConfigError for a YAML file that does not describe one."""
     if config.base.endswith((".yaml", ".yml")):
         document = load_yaml(config.base)
@@ -36,9 +36,10 @@ def load_base(config: FinetuneConfig) -> Base:
             raise ConfigError(f"'{config.base}' has no section 'policy'; name a checkpoint, or a config that describes a policy")
         settings = parse(PolicyConfig, document["policy"], where=f"{config.base}, policy")
         digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-        return Base(untrained(settings, config.task.spec, config.seed), digest, {"source": "from scratch"})
+        policy = untrained(settings, config.task.spec, config.seed).to(device)
+        return Base(policy, digest, {"source": "from scratch"})
     folder = find_policy(config.base)
-    return Base(load_policy(folder), str(read_document(folder / "policy").get("sha256")), read_provenance(folder))
+    return Base(load_policy(folder, device), str(read_document(folder / "policy").get("sha256")), read_provenance(folder))
 
 
 def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 2_000) -> Policy:
@@ -105,6 +106,6 @@ def demonstrations(config: FinetuneConfig, policy: Policy) -> Callable[[int, tor
         batch = windows.batch(indices, images=images)
         with torch.no_grad():
             obs = policy.observe(batch["obs"])
-            return policy.encode(obs), policy.encode_actions(torch.from_numpy(np.asarray(batch["action"])), obs)
+            return policy.encode(obs), policy.encode_actions(torch.as_tensor(batch["action"], device=policy.device), obs)
 
     return draw

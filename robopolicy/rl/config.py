@@ -63,6 +63,7 @@ class FinetuneConfig(Config):
     ppo: PPOConfig = PPOConfig()
     eval: FinetuneEvalConfig = FinetuneEvalConfig()
     guard: GuardConfig = GuardConfig()
+    device: str = "auto"  # where the networks run: CUDA when there is one
     threads: int = pydantic.Field(default=1, ge=1)  # of torch; small networks are slower on more
     checkpoint_every: int = pydantic.Field(default=20, ge=1)  # iterations
 

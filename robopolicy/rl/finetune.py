@@ -42,13 +42,13 @@ from robopolicy.rl.ppo import PPO
 from robopolicy.rl.rollout import collect
 from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
 from robopolicy.train.metrics import Metrics, read_metrics
-from robopolicy.train.run import changed_keys, recipe, signals, step_seed
+from robopolicy.train.run import changed_keys, pick_device, recipe, signals, step_seed
 
 FORMAT = 1
 COLLAPSED = 3  # exit code of a run that its guard stopped
 
 # What may be changed in config.yaml before a resume.
-MAY_CHANGE = ("name", "iterations", "eval", "env.num_workers", "threads", "checkpoint_every", "guard")
+MAY_CHANGE = ("name", "iterations", "eval", "env.num_workers", "device", "threads", "checkpoint_every", "guard")
 
 
 class _Stopped(Exception):
@@ -82,12 +82,16 @@ class Finetuner:
         if resume and not done:
             raise CheckpointError(f"'{out}' holds no checkpoint to resume from; start the run again with --out {out}")
         torch.set_num_threads(config.threads)
-        self.base: Base = load_base(config)
+        self.device = pick_device(config.device, "device")
+        if self.device.type == "cuda":
+            # Its rounding depends on the size of the batch, and at 1e-3 would reach the ratio through convolutions.
+            torch.backends.cudnn.allow_tf32 = False
+        self.base: Base = load_base(config, self.device)
         cls, settings = component("method", config.method, HEADS)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # torch's initialisers take no generator
-            self.head: Head = cls(settings, self.base.policy)
-            self.value = ValueNet(config.value, self.head.policy.encoder.ctx_dim)
+            self.head: Head = cls(settings, self.base.policy).to(self.device)
+            self.value = ValueNet(config.value, self.head.policy.encoder.ctx_dim).to(self.device)
         self.ppo = PPO(config.ppo, self.head, self.value, self._demonstrations())
         self.scale = RewardScale(config.env.num_envs)
         self.guard = Guard(config.guard)
@@ -360,7 +364,11 @@ class Finetuner:
             for owner, optimizer, parameters in self._optimizers():
                 moments = under(tensors, f"optimizer.{owner}.")
                 for name, parameter in parameters.items():
-                    state_of = {key.split(".", 1)[0]: v for key, v in moments.items() if key.split(".", 1)[1] == name}
+                    state_of = {
+                        key.split(".", 1)[0]: value.to(parameter.device)
+                        for key, value in moments.items()
+                        if key.split(".", 1)[1] == name
+                    }
                     if state_of:  # none before the first update of the policy
                         optimizer.state[parameter] = state_of
             self.scale.restore({name: value.numpy() for name, value in under(tensors, "scale.").items()})

@@ -126,7 +126,8 @@ class PPO:
             before = self.value(batch.ctx)
         policy_learns = iteration >= config.value_only_iterations
         minibatches = 0
-        for indices in self._minibatches(len(batch.ctx), generator):
+        for drawn in self._minibatches(len(batch.ctx), generator):
+            indices = drawn.to(batch.ctx.device)
             ctx, returns = batch.ctx[indices], batch.returns[indices]
             seen.add("loss/value", self._step_value(ctx, returns))
             if not policy_learns:
@@ -171,14 +172,15 @@ class PPO:
         if config.normalize_advantages:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         log_ratio = head.log_ratio(ctx, record)
-        off = float((log_ratio.detach().abs() / head.clips).max())
+        clips, weights = head.clips.to(ctx.device), head.weights.to(ctx.device)
+        off = float((log_ratio.detach().abs() / clips).max())
         if first and off > RATIO_TOLERANCE:
             raise RobopolicyError(
                 f"before an iteration's first update the log-ratio of new to old policy is {off:.2g} clip ranges, not 0: the "
                 f"policy that is scored is not the one that acted, a defect of method {type(head).__name__} or of its network"
             )
-        ratio, clips = log_ratio.exp(), head.clips
-        weighted = surrogate(ratio, advantage[:, None], clips, config.surrogate) * head.weights
+        ratio = log_ratio.exp()
+        weighted = surrogate(ratio, advantage[:, None], clips, config.surrogate) * weights
         loss = -weighted.sum(1).mean()
         seen.add("loss/policy", float(loss.detach()))
         if config.entropy_weight and (entropy := head.entropy(ctx, record)) is not None:

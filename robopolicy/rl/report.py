@@ -49,7 +49,7 @@ def final_test(finetuner: Finetuner) -> Comparison | None:
     if not num:
         return None
     evaluations = []
-    for name, policy in ((config.base, finetuner.base.policy), (str(out), load_policy(out))):
+    for name, policy in ((config.base, finetuner.base.policy), (str(out), load_policy(out, finetuner.device))):
         evaluations.append(_evaluate(finetuner, policy, name, range(SEEDS["test"], SEEDS["test"] + num)))
     comparison = compare(evaluations)
     for name, evaluation in zip(("base", "result"), evaluations, strict=True):

@@ -72,16 +72,16 @@ def collect(
         next_ctx = policy.encode(observed)
         next_worth = value(next_ctx)
         cut = transition.terminated | transition.truncated
-        led_to = next_worth.numpy()
+        led_to = next_worth.cpu().numpy()
         over = transition.terminated if env.config.bootstrap else cut
         if (transition.truncated & ~over).any():
-            led_to = np.where(cut, value(policy.encode(policy.observe(transition.final_obs))).numpy(), led_to)
+            led_to = np.where(cut, value(policy.encode(policy.observe(transition.final_obs))).cpu().numpy(), led_to)
         reward = transition.reward
         if scale is not None:
             reward = scale(reward, transition.discount, cut)
         contexts.append(ctx)
         records.append(record)
-        rows.append((reward, worth.numpy(), led_to, transition.discount, over, transition.truncated))
+        rows.append((reward, worth.cpu().numpy(), led_to, transition.discount, over, transition.truncated))
         ended += transition.ended
         steps += int(transition.executed.sum())
         ctx, worth = next_ctx, next_worth
@@ -91,12 +91,12 @@ def collect(
     )
     flat_ctx = torch.cat(contexts)
     merged = {name: torch.cat([record[name] for record in records]) for name in records[0]}
-    flat_advantage = torch.from_numpy(advantage.reshape(-1)).float()
+    flat_advantage = torch.from_numpy(advantage.reshape(-1)).float().to(flat_ctx.device)
     batch = Batch(
         flat_ctx,
         prepared(head, flat_ctx, merged, generator),
         flat_advantage,
-        flat_advantage + torch.from_numpy(values.reshape(-1)),
+        flat_advantage + torch.from_numpy(values.reshape(-1)).to(flat_ctx.device),
     )
     return Collected(batch, ended, steps), transition.obs
 

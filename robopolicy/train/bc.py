@@ -32,7 +32,7 @@ from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
 from robopolicy.train.ema import averaged
 from robopolicy.train.experiment import Experiment, TrainConfig, build_untrained, open_data
 from robopolicy.train.metrics import Metrics
-from robopolicy.train.run import changed_keys, recipe, signals, step_seed
+from robopolicy.train.run import changed_keys, pick_device, recipe, signals, step_seed
 
 TRAIN_FORMAT = 1
 
@@ -72,19 +72,6 @@ def batch_indices(step: int, num_windows: int, batch_size: int, seed: int, cache
         cache.clear()
         cache[epoch] = np.random.default_rng([seed, epoch]).permutation(num_windows)
     return cache[epoch][position * batch_size : (position + 1) * batch_size]
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes CUDA when there is one. Raises ConfigError for a device that torch does not see."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device '{name}' is no torch device; use auto, cpu or cuda:N") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"train.device '{name}': torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
-    return device
 
 
 def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:
@@ -140,7 +127,7 @@ class Trainer:
             raise CheckpointError(
                 f"'{out}' holds no checkpoint to resume from; start it with robopolicy train CONFIG --out {out}"
             )
-        self.device = pick_device(self.config.device)
+        self.device = pick_device(self.config.device, "train.device")
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.threads)
         self.data = open_data(experiment)

@@ -1,4 +1,4 @@
-"""What training runs of every kind share: seeds of steps, signals, and what may not change between a stop and a resume."""
+"""What training runs of every kind share: device, seeds of steps, signals, and what may not change before a resume."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from robopolicy.config import Config
+from robopolicy.errors import ConfigError
+
+
+def pick_device(name: str, key: str) -> torch.device:
+    """``auto`` takes CUDA when there is one. Raises ConfigError, naming ``key``, for a device that torch does not see."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{key} '{name}' is no torch device; use auto, cpu or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"{key} '{name}': torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return device
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -49,6 +49,7 @@ class Gaussian(Head):
             )
         super().__init__(config, policy)
         self.log_std = nn.Parameter(torch.full((policy.action_transform.dim,), math.log(config.std)), config.learn_std)
+        self.to(policy.device)
 
     def tunable(self, policy: Policy) -> Policy:
         sampler = {"type": "ddim", "num_steps": 1, "eta": 0.0, "clip": policy.sampler.clip}
