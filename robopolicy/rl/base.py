@@ -17,6 +17,7 @@ from robopolicy.data.normalize import Normalizer
 from robopolicy.errors import ConfigError
 from robopolicy.policy import Policy, PolicyConfig, action_statistics_size, load_policy, normalizer_modes, read_provenance
 from robopolicy.rl.config import FinetuneConfig
+from robopolicy.rl.envs import training_seed
 from robopolicy.task import TaskSpec
 from robopolicy.train.checkpoint import find_policy, read_document
 from robopolicy.train.experiment import Experiment, open_data
@@ -82,8 +83,6 @@ def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 
 
 
 def training_start(seed: int, episode: int) -> int:
-    from robopolicy.rl.envs import training_seed
-
     return training_seed(seed, 1_000_000, episode)  # an environment index that no run has
 
 
@@ -98,7 +97,10 @@ def demonstrations(config: FinetuneConfig, policy: Policy) -> Callable[[int, tor
         raise ConfigError(
             f"ppo.bc.source demonstrations: no config.yaml beside '{config.base}' says what it was trained on; use source base"
         )
-    windows = open_data(parse(Experiment, load_yaml(source), where=str(source))).train
+    document = load_yaml(source)
+    if "data" not in document:
+        raise ConfigError(f"ppo.bc.source demonstrations: '{config.base}' was not trained on any, says {source}; use source base")
+    windows = open_data(parse(Experiment, document, where=str(source))).train
     images = any(feature.is_image for feature in policy.observation_features.values())
 
     def draw(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

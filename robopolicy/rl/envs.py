@@ -27,8 +27,8 @@ class RewardConfig(Config):
     Attributes:
         source: ``task``: the task's own reward. ``success``: 1 for each step at which the goal is met, else 0. ``best``: by how
             much the largest reward of the episode grew, so that the sum is the max reward that evaluation reports; the first
-            observation counts as 0. Dense rewards of tasks that end on success need ``success`` or ``best``: with their own an
-            agent earns more by hovering just before the goal.
+            observation counts as 0, and rewards below that never pay. Dense rewards of tasks that end on success need
+            ``success`` or ``best``: with their own an agent earns more by hovering just before the goal.
         discounting: ``chunk``: rewards of a chunk are summed and gamma counts once per chunk (DPPO, ReinFlow, DSRL). ``step``:
             ``sum_j gamma^j r_j`` and ``gamma^n`` after ``n`` executed steps (QC, RL-100).
         gamma: Discount.

@@ -169,7 +169,7 @@ class PPO:
         self, ctx: Tensor, record: Record, advantage: Tensor, generator: torch.Generator, seen: _Means, first: bool
     ) -> float:
         config, head = self.config, self.head
-        if config.normalize_advantages:
+        if config.normalize_advantages and len(advantage) > 1:  # one alone has no std
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         log_ratio = head.log_ratio(ctx, record)
         clips, weights = head.clips.to(ctx.device), head.weights.to(ctx.device)

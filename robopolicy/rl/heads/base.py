@@ -59,9 +59,9 @@ class Head(nn.Module, ABC):
         return policy.varied()
 
     @property
-    @abstractmethod
     def weights(self) -> Tensor:
-        """Weight ``[R]`` of each term of the ratio in the surrogate; ``sum`` 1 or what the method's paper has."""
+        """Weight ``[R]`` of each term of the ratio in the surrogate: of a single one, 1."""
+        return torch.ones(1)
 
     @property
     @abstractmethod

@@ -56,10 +56,6 @@ class Gaussian(Head):
         return policy.varied(sampler=sampler, initial_noise=0.0)
 
     @property
-    def weights(self) -> Tensor:
-        return torch.ones(1)
-
-    @property
     def clips(self) -> Tensor:
         return torch.full((1,), self.config.clip)
 
@@ -89,10 +85,11 @@ class Gaussian(Head):
         return self.std.log().mean() + 0.5 * math.log(2 * math.pi * math.e) if self.config.learn_std else None
 
     def divergence(self, ctx: Tensor, record: Record) -> Tensor:
+        """KL to the base with the present std, which is not pulled."""
         new = self.distribution(self.policy, ctx)
         with torch.no_grad():
             old = self.distribution(self.base, ctx)
-        return (0.5 * ((new.mean - old.mean) / new.std) ** 2)[:, self.policy.executed].mean()
+        return (0.5 * ((new.mean - old.mean) / old.std) ** 2)[:, self.policy.executed].mean()
 
     def bc_loss(self, ctx: Tensor, chunk: Tensor, generator: torch.Generator) -> Tensor:
         return (self.distribution(self.policy, ctx).mean - chunk).square().mean()

@@ -59,10 +59,6 @@ class PolicyFlow(Head):
         return policy.varied(sampler=sampler)
 
     @property
-    def weights(self) -> Tensor:
-        return torch.ones(1)
-
-    @property
     def clips(self) -> Tensor:
         return torch.full((1,), self.config.clip)
 

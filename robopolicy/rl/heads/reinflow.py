@@ -60,10 +60,6 @@ class ReinFlow(Head):
         return policy.varied(sampler=sampler)
 
     @property
-    def weights(self) -> Tensor:
-        return torch.ones(1)
-
-    @property
     def clips(self) -> Tensor:
         return torch.full((1,), self.config.clip)
 
