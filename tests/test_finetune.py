@@ -170,6 +170,9 @@ def test_training_from_scratch(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", finished(value, tmp_path / "again").out)
     with pytest.raises(ConfigError, match="unbounded action space"):
         finetuner({**value, "task": {"name": "walk:Walk"}}, tmp_path / "other")
+    description.write_text(yaml.safe_dump({"policy": {**POLICY, "frozen_above": 0.5}}))
+    with pytest.raises(ConfigError, match="must have been trained before"):
+        finetuner(value, tmp_path / "other")
     description.write_text("name: x\n")
     with pytest.raises(ConfigError, match="no section 'policy'"):
         finetuner(value, tmp_path / "other")

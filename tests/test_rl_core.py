@@ -318,12 +318,14 @@ def test_demonstrations_are_those_of_the_base(tmp_path: Path) -> None:
     for _ in range(3):
         x = rng.uniform(-1, 1, (12, 2)).astype(np.float32)
         episodes.append({"x": x, "action": -x / 2})
-    experiment = {
+    experiment: dict[str, Any] = {
         "name": "demos",
         "data": {"path": str(tmp_path / "demos.zarr"), "observations": ["x"], "val_fraction": 0.0},
         "policy": {"n_obs_steps": 1, "horizon": 2, "n_action_steps": 2, "net": {"type": "mlp", "width": 16, "depth": 1}},
         "train": {"steps": 1, "batch_size": 4, "warmup_steps": 1, "device": "cpu"},
     }
+    with pytest.raises(ConfigError, match="must have been trained before"):
+        Trainer(parse(Experiment, {**experiment, "policy": {**experiment["policy"], "frozen_above": 0.5}}), tmp_path / "run")
     assert Trainer(parse(Experiment, experiment), tmp_path / "run").run() == 0
     config = parse(FinetuneConfig, {"name": "x", "base": str(tmp_path / "run"), "task": {"name": "toys:Dot"}})
     head = DPPO(DPPO.Config(num_steps=4, tuned_steps=2), load(tmp_path / "run"))

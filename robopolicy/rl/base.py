@@ -49,6 +49,8 @@ def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 
     Observations are normalised by what random actions meet, to zero mean and unit std where the config does not say otherwise;
     the range of the action space becomes [-1, 1], so unit noise covers it. Raises ConfigError when the action space is unbounded.
     """
+    if config.frozen_above is not None:
+        raise ConfigError("policy.frozen_above: what is frozen there must have been trained before; drop it")
     task = spec.make()
     try:
         rng = np.random.default_rng([seed, 1])

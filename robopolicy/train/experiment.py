@@ -140,6 +140,8 @@ def build_untrained(experiment: Experiment, data: TrainingData) -> Policy:
     observations = {name: data.episodes.features[name] for name in experiment.data.observations}
     action_feature = data.episodes.features[experiment.data.action]
     transform = ActionTransform(experiment.policy.action, action_feature, observations)
+    if experiment.policy.frozen_above is not None:
+        raise ConfigError("policy.frozen_above: what is frozen there must have been trained before; drop it, fine-tuning sets it")
     normalizers = fit_normalizers(experiment.policy, data.train, transform, observations)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch's initialisers take no generator
