@@ -126,7 +126,7 @@ def _make(id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
         return gymnasium.make(id, render_mode="rgb_array", disable_env_checker=True, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
         raise TaskError(f"gymnasium knows no environment '{id}': {nearest(id, gymnasium.registry)}") from error
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
         raise TaskError(f"gymnasium environment '{id}' cannot be made: {_line(error)}") from error
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):

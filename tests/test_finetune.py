@@ -315,7 +315,7 @@ def assert_equal_weights(a: Policy, b: Policy) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_a_collapse_after_a_resume_keeps_the_checkpoint(
+def test_a_collapse_after_a_resume_returns_to_the_best_window(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = config(checkpoint, iterations=4, guard={"episodes": 40})
@@ -324,8 +324,10 @@ def test_a_collapse_after_a_resume_keeps_the_checkpoint(
     feed(monkeypatch, lambda _: 0.05)
     run = finetuner({**value, "iterations": 9}, tmp_path, resume=True)
     assert run.run() == COLLAPSED
-    assert run.checkpoints.steps() == [4]
+    assert run.checkpoints.steps() == [2]
     assert_equal_weights(run.policy, load_policy(tmp_path))
+    short = finished({**value, "iterations": 2}, tmp_path / "short")
+    assert_equal_weights(short.policy, run.policy)
 
 
 def test_a_collapse_may_be_only_told(

@@ -283,7 +283,7 @@ def test_an_anchor_holds_the_policy(anchor: dict[str, Any]) -> None:
     def distance(head: Head, data: Batch) -> Tensor:
         if "kl_weight" in anchor:
             return head.divergence(data.ctx, data.record)
-        return head.bc_loss(data.ctx, data.record["bc_chunk"], generator(9))
+        return head.bc_loss(data.ctx, data.record["bc_chunk"], None, generator(9))
 
     held, free = drawn_away(**anchor), drawn_away()
     assert held[0] == free[0]
@@ -330,7 +330,9 @@ def test_demonstrations_are_those_of_the_base(tmp_path: Path) -> None:
     config = parse(FinetuneConfig, {"name": "x", "base": str(tmp_path / "run"), "task": {"name": "toys:Dot"}})
     head = DPPO(DPPO.Config(num_steps=4, tuned_steps=2), load(tmp_path / "run"))
     draw = demonstrations(config, head.policy)
-    ctx, chunk = draw(64, generator())
+    ctx, chunk, is_pad = draw(64, generator())
+    assert is_pad.any(dim=1).float().mean() < 0.5  # the last window of each episode ends in padding
+    assert is_pad.any()
     position = head.policy.normalizer("x").unnormalize(ctx)  # nothing else is observed
     actions = head.policy.normalizer("action").unnormalize(chunk)
     torch.testing.assert_close(actions[:, 0], -position / 2, atol=1e-5, rtol=0)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robopolicy.config import load_yaml, parse
 from robopolicy.data.actions import ActionTransform
@@ -18,6 +17,7 @@ from robopolicy.errors import ConfigError
 from robopolicy.policy import Policy, PolicyConfig, action_statistics_size, load_policy, normalizer_modes, read_provenance
 from robopolicy.rl.config import FinetuneConfig
 from robopolicy.rl.envs import training_seed
+from robopolicy.rl.ppo import Demonstrated
 from robopolicy.task import TaskSpec
 from robopolicy.train.checkpoint import find_policy, read_document
 from robopolicy.train.experiment import Experiment, open_data
@@ -72,9 +72,9 @@ def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 
         if action_statistics_size(config, transform) != len(low):
             raise ConfigError("training from scratch takes absolute actions with one scale for all steps; drop policy.action")
         modes = normalizer_modes(config, features)
+        chosen = set(modes) if "default_normalize" in config.model_fields_set else set(config.normalize)
         normalizers = {
-            name: Normalizer.fit(np.stack(values), "meanstd" if name not in config.normalize else modes[name])
-            for name, values in seen.items()
+            name: Normalizer.fit(np.stack(values), modes[name] if name in chosen else "meanstd") for name, values in seen.items()
         }
         normalizers["action"] = Normalizer.fit(np.stack([low, high]), "minmax")
         with torch.random.fork_rng(devices=[]):
@@ -88,8 +88,8 @@ def training_start(seed: int, episode: int) -> int:
     return training_seed(seed, 1_000_000, episode)  # an environment index that no run has
 
 
-def demonstrations(config: FinetuneConfig, policy: Policy) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
-    """Draws random windows of what the base was trained on, as ``(ctx [n, C], chunk [n, H, A])``.
+def demonstrations(config: FinetuneConfig, policy: Policy) -> Callable[[int, torch.Generator], Demonstrated]:
+    """Draws random windows of what the base was trained on, by number and generator.
 
     Raises ConfigError when the run that trained the base, or its data, is not there.
     """
@@ -105,11 +105,12 @@ def demonstrations(config: FinetuneConfig, policy: Policy) -> Callable[[int, tor
     windows = open_data(parse(Experiment, document, where=str(source))).train
     images = any(feature.is_image for feature in policy.observation_features.values())
 
-    def draw(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(num: int, generator: torch.Generator) -> Demonstrated:
         indices = torch.randint(len(windows), (num,), generator=generator).numpy()
         batch = windows.batch(indices, images=images)
         with torch.no_grad():
             obs = policy.observe(batch["obs"])
-            return policy.encode(obs), policy.encode_actions(torch.as_tensor(batch["action"], device=policy.device), obs)
+            chunk = policy.encode_actions(torch.as_tensor(batch["action"], device=policy.device), obs)
+            return Demonstrated(policy.encode(obs), chunk, torch.as_tensor(batch["action_is_pad"], device=policy.device))
 
     return draw

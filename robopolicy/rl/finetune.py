@@ -38,7 +38,7 @@ from robopolicy.rl.guard import Collapse, Guard
 from robopolicy.rl.heads.base import Head
 from robopolicy.rl.heads.registry import HEADS
 from robopolicy.rl.metrics import RunMetrics
-from robopolicy.rl.ppo import PPO
+from robopolicy.rl.ppo import PPO, Demonstrated
 from robopolicy.rl.rollout import collect
 from robopolicy.train.checkpoint import CheckpointFolder, read_tensors
 from robopolicy.train.metrics import Metrics, read_metrics
@@ -111,7 +111,7 @@ class Finetuner:
         """The policy as it would be deployed now."""
         return self.head.policy
 
-    def _demonstrations(self) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]] | None:
+    def _demonstrations(self) -> Callable[[int, torch.Generator], Demonstrated] | None:
         bc = self.config.ppo.bc
         if not bc.weight or bc.source == "base":
             return None
@@ -325,10 +325,10 @@ class Finetuner:
             "method": self.config.method,
             "base": {"path": self.config.base, "digest": self.base.digest, "provenance": self.base.provenance},
         }
-        path = self.checkpoints.write(
-            iteration,
-            {"finetune": (tensors, state), "policy": (weights, {**self.policy.document(), "provenance": source})},
-        )
+        parts = {"finetune": (tensors, state), "policy": (weights, {**self.policy.document(), "provenance": source})}
+        if self.best_window is not None and self.best_window[0] < iteration:  # where a collapse will return to
+            parts["best"] = self.best_window[1:]
+        path = self.checkpoints.write(iteration, parts)
         for later in (step for step in self.checkpoints.steps() if step > iteration):  # after a collapse
             shutil.rmtree(self.checkpoints.path(later))
         self.checkpoints.prune(set())
@@ -377,7 +377,9 @@ class Finetuner:
             self.seconds, self.ppo.lr = float(state["seconds"]), float(state["lr"])
             self.guard.history = [tuple(row) for row in state["guard"]["history"]]
             self.guard.best = None if state["guard"]["best"] is None else tuple(state["guard"]["best"])
-            self.best_window = (self.iteration, tensors, state)  # or it was earlier: then this is the nearest there is
+            if (folder / "best.json").exists():
+                tensors, state = read_tensors(folder / "best")
+            self.best_window = (int(state["iteration"]), tensors, state)
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"checkpoint '{folder}' does not fit config.yaml of its run ({reason})") from error

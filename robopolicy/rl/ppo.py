@@ -75,6 +75,14 @@ class Batch(NamedTuple):
     returns: Tensor  # [N]: what values should be
 
 
+class Demonstrated(NamedTuple):
+    """Windows of demonstrations, to imitate."""
+
+    ctx: Tensor  # [N, C]
+    chunk: Tensor  # [N, H, A] normalised
+    is_pad: Tensor  # [N, H] beyond the end of the episode
+
+
 def surrogate(ratio: Tensor, advantage: Tensor, clips: Tensor, kind: Surrogate) -> Tensor:
     """The objective ``[M, R]``, to be maximised, of ratios ``[M, R]`` under advantages that broadcast to them.
 
@@ -94,7 +102,7 @@ class PPO:
         config: Of the core.
         head: The method; its parameters that require gradients are learned.
         value: The value network, on the same contexts.
-        demonstrations: Draws ``(ctx, chunk)`` of as many demonstrated windows as asked for; needed when imitation is of those.
+        demonstrations: Draws as many demonstrated windows as asked for; needed when imitation is of those.
     """
 
     def __init__(
@@ -102,7 +110,7 @@ class PPO:
         config: PPOConfig,
         head: Head,
         value: ValueNet,
-        demonstrations: Callable[[int, torch.Generator], tuple[Tensor, Tensor]] | None = None,
+        demonstrations: Callable[[int, torch.Generator], Demonstrated] | None = None,
     ) -> None:
         self.config, self.head, self.value, self.demonstrations = config, head, value, demonstrations
         self.parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
@@ -136,7 +144,7 @@ class PPO:
             _set_lr(self.optimizer, self.lr * warm)
             kl = self._step_policy(ctx, record, batch.advantage[indices], generator, seen, first=minibatches == 0)
             minibatches += 1
-            if config.desired_kl is not None:
+            if config.desired_kl is not None and minibatches > 1:  # before the first update the KL is rounding
                 self.lr = min(1e-2, self.lr * 1.5) if 0 < kl < config.desired_kl / 2 else self.lr
                 self.lr = max(1e-6, self.lr / 1.5) if kl > 2 * config.desired_kl else self.lr
             if config.target_kl is not None and kl > config.target_kl:
@@ -213,7 +221,7 @@ class PPO:
 
     def _imitate(self, ctx: Tensor, record: Record, generator: torch.Generator) -> Tensor:
         if self.config.bc.source == "base":
-            return self.head.bc_loss(ctx, record["bc_chunk"], generator)
+            return self.head.bc_loss(ctx, record["bc_chunk"], None, generator)
         assert self.demonstrations is not None
         return self.head.bc_loss(*self.demonstrations(len(ctx), generator), generator)
 

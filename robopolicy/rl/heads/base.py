@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Head(nn.Module, ABC):
     class Config(base.Config):
         pass
 
+    config: Any  # the method's own Config, set before this class's __init__; `clip` is in all of them
+
     def __init__(self, config: base.Config, policy: Policy) -> None:
         super().__init__()
         self.policy = self.tunable(policy).eval()
@@ -64,9 +66,9 @@ class Head(nn.Module, ABC):
         return torch.ones(1)
 
     @property
-    @abstractmethod
     def clips(self) -> Tensor:
-        """Clip range ``[R]`` of each term's ratio."""
+        """Clip range ``[R]`` of each term's ratio: of a single one, ``clip`` of the config."""
+        return torch.full((1,), self.config.clip)
 
     @abstractmethod
     def act(self, ctx: Tensor, generator: torch.Generator) -> Acted:
@@ -100,10 +102,20 @@ class Head(nn.Module, ABC):
     def divergence(self, ctx: Tensor, record: Record) -> Tensor:
         """How far the policy is from its base: KL per entry of the chunk, exact for Gaussian steps, with gradients; a scalar."""
 
-    def bc_loss(self, ctx: Tensor, chunk: Tensor, generator: torch.Generator) -> Tensor:
-        """Imitation loss of clean normalised chunks ``[B, H, A]``: keeps the policy near demonstrations, or near its base."""
+    def bc_loss(self, ctx: Tensor, chunk: Tensor, is_pad: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Imitation loss of clean normalised chunks ``[B, H, A]``: keeps the policy near demonstrations, or near its base.
+
+        ``is_pad [B, H]`` is True beyond the end of a demonstration.
+        """
         policy = self.policy
-        return denoising_loss(policy.net, policy.path, policy.config.prediction, chunk, ctx, None, generator, policy.config.loss)
+        return denoising_loss(
+            policy.net, policy.path, policy.config.prediction, chunk, ctx, is_pad, generator, policy.config.loss
+        )
 
     def anneal(self, progress: float) -> None:
         """Told before each iteration how much of the training is done, 0 to 1."""
+
+
+def ddim(policy: Policy, num_steps: int, eta: float = 0.0) -> dict[str, object]:
+    """The sampler that walks in the very steps that a head scores; ``eta`` 0 on the linear path is Euler's."""
+    return {"type": "ddim", "num_steps": num_steps, "eta": eta, "clip": policy.sampler.clip}

@@ -14,7 +14,7 @@ from robopolicy import config as base
 from robopolicy.errors import ConfigError
 from robopolicy.generative.sampler import StepDist, randn, step_dist
 from robopolicy.policy import Policy
-from robopolicy.rl.heads.base import Acted, Head, Record
+from robopolicy.rl.heads.base import Acted, Head, Record, ddim
 
 
 class DPPO(Head):
@@ -64,14 +64,7 @@ class DPPO(Head):
         self.tuned = list(itertools.pairwise(self.times[config.num_steps - self.num_tuned :]))
 
     def tunable(self, policy: Policy) -> Policy:
-        changes: dict[str, object] = {
-            "sampler": {
-                "type": "ddim",
-                "num_steps": self.config.num_steps,
-                "eta": self.config.eval_eta,
-                "clip": policy.sampler.clip,
-            }
-        }
+        changes: dict[str, object] = {"sampler": ddim(policy, self.config.num_steps, self.config.eval_eta)}
         boundary = self.times[self.config.num_steps - self.num_tuned]
         frozen = policy.config.frozen_above
         if frozen is not None and abs(frozen - boundary) > 1e-6:

@@ -18,7 +18,7 @@ from robopolicy import config as base
 from robopolicy.errors import ConfigError
 from robopolicy.generative.sampler import StepDist, randn
 from robopolicy.policy import Policy
-from robopolicy.rl.heads.base import Acted, Head, Record
+from robopolicy.rl.heads.base import Acted, Head, Record, ddim
 
 
 class Gaussian(Head):
@@ -52,12 +52,7 @@ class Gaussian(Head):
         self.to(policy.device)
 
     def tunable(self, policy: Policy) -> Policy:
-        sampler = {"type": "ddim", "num_steps": 1, "eta": 0.0, "clip": policy.sampler.clip}
-        return policy.varied(sampler=sampler, initial_noise=0.0)
-
-    @property
-    def clips(self) -> Tensor:
-        return torch.full((1,), self.config.clip)
+        return policy.varied(sampler=ddim(policy, 1), initial_noise=0.0)
 
     def distribution(self, policy: Policy, ctx: Tensor) -> StepDist:
         x = ctx.new_zeros(len(ctx), policy.horizon, policy.action_transform.dim)
@@ -91,5 +86,6 @@ class Gaussian(Head):
             old = self.distribution(self.base, ctx)
         return (0.5 * ((new.mean - old.mean) / old.std) ** 2)[:, self.policy.executed].mean()
 
-    def bc_loss(self, ctx: Tensor, chunk: Tensor, generator: torch.Generator) -> Tensor:
-        return (self.distribution(self.policy, ctx).mean - chunk).square().mean()
+    def bc_loss(self, ctx: Tensor, chunk: Tensor, is_pad: Tensor | None, generator: torch.Generator) -> Tensor:
+        error = (self.distribution(self.policy, ctx).mean - chunk).square().mean(-1)
+        return error.mean() if is_pad is None else (error * ~is_pad).sum() / (~is_pad).sum().clamp_min(1)

@@ -13,7 +13,7 @@ from robopolicy import config as base
 from robopolicy.generative.path import broadcast_time
 from robopolicy.generative.sampler import StepDist, clip_pred, randn
 from robopolicy.policy import Policy
-from robopolicy.rl.heads.base import Acted, Head, Record
+from robopolicy.rl.heads.base import Acted, Head, Record, ddim
 
 
 class PolicyFlow(Head):
@@ -55,12 +55,7 @@ class PolicyFlow(Head):
         self.times, self.shares, self.length = times[:-1], tau[:-1] - tau[1:], tau[0].item()
 
     def tunable(self, policy: Policy) -> Policy:
-        sampler = {"type": "ddim", "num_steps": self.config.num_steps, "eta": 0.0, "clip": policy.sampler.clip}
-        return policy.varied(sampler=sampler)
-
-    @property
-    def clips(self) -> Tensor:
-        return torch.full((1,), self.config.clip)
+        return policy.varied(sampler=ddim(policy, self.config.num_steps))
 
     @property
     def std(self) -> Tensor:

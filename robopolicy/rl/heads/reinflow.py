@@ -14,7 +14,7 @@ from robopolicy import config as base
 from robopolicy.generative.sampler import StepDist, randn, step_dist
 from robopolicy.nets.embedding import sinusoidal, zero_
 from robopolicy.policy import Policy
-from robopolicy.rl.heads.base import Acted, Head, Record
+from robopolicy.rl.heads.base import Acted, Head, Record, ddim
 
 
 class ReinFlow(Head):
@@ -56,12 +56,7 @@ class ReinFlow(Head):
         self.noise_net.to(policy.device)
 
     def tunable(self, policy: Policy) -> Policy:
-        sampler = {"type": "ddim", "num_steps": self.config.num_steps, "eta": 0.0, "clip": policy.sampler.clip}
-        return policy.varied(sampler=sampler)
-
-    @property
-    def clips(self) -> Tensor:
-        return torch.full((1,), self.config.clip)
+        return policy.varied(sampler=ddim(policy, self.config.num_steps))
 
     def anneal(self, progress: float) -> None:
         if self.config.decay:
