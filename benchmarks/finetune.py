@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--task")
     parser.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--methods", nargs="+", default=["dppo", "reinflow", "fpo", "policyflow", "gaussian"])
+    parser.add_argument("--preset", default="cpu")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
     parser.add_argument("--out", type=Path, required=True)

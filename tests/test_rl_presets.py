@@ -87,7 +87,7 @@ def test_every_preset_is_valid_and_says_where_it_comes_from(method: str, name: s
 def test_every_method_has_a_quick_and_the_published_presets() -> None:
     assert {path.stem for path in PRESETS.glob("*.yaml")} == set(HEADS)
     for method, tables in PAPERS.items():
-        assert set(presets(method)) == {"cpu", "paper", *(f"paper_{table}" for table in tables.split())}
+        assert set(presets(method)) == {"cpu", "cpu_reach", "paper", *(f"paper_{table}" for table in tables.split())}
 
 
 @pytest.mark.parametrize(("method", "name", "figures"), FIGURES)
