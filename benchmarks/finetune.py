@@ -31,20 +31,8 @@ def command(args: argparse.Namespace, method: str, seed: int, out: Path) -> list
     """The command line of one run."""
     task = ["--task", args.task] if args.task else []
     task += [part for text in args.task_arg for part in ("--task-arg", text)]
-    overrides = [f"seed={seed}", *args.overrides]
-    return [
-        sys.executable,
-        "-m",
-        "robopolicy.cli",
-        "finetune",
-        args.base,
-        "--method",
-        method,
-        *task,
-        "--out",
-        str(out),
-        *overrides,
-    ]
+    chosen = ["--method", method, "--preset", args.preset, "--out", str(out), f"seed={seed}", *args.overrides]
+    return [sys.executable, "-m", "robopolicy.cli", "finetune", args.base, *task, *chosen]
 
 
 def run(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
