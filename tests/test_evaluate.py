@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from typing import ClassVar
 
 import av
@@ -295,6 +296,7 @@ def test_a_replay_that_goes_another_way_is_an_error(monkeypatch):
     with VectorEnv(SLIDE, 2) as env:
         done = next(rollout(Pull(), env, TEST[:2], noise_seed=0))
     task = SLIDE.make()
+    assert len(replay(task, done, stride=7)) == 1 + math.ceil(done.episode.length / 7)
     assert len(replay(task, done)) == done.episode.length + 1
     monkeypatch.setattr(Slide, "drift", 0.01)
     with pytest.raises(TaskError, match=f"seed {done.episode.seed}"):

@@ -208,6 +208,23 @@ def test_a_finished_run_can_be_resumed_which_makes_the_report_again(base: str, c
     assert main(["finetune", "--resume", str(out)]) == 0
     assert capsys.readouterr().out == first
     assert "data:video" not in (out / "report.html").read_text()
+    assert main(["finetune", "--resume", str(out)]) == 0
+    assert "iterations are done and tested; raise iterations in" in capsys.readouterr().out
+
+
+def test_runs_of_train_and_finetune_are_told_apart(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path("run")
+    assert main(["finetune", base, "--out", str(out), *TINY, "method.tuned_steps=1", "eval.films=0"]) == 0
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "is a run of finetune: go on with robopolicy finetune --resume" in capsys.readouterr().err
+    (out / "config.yaml").write_text("name: x\ndata: {path: y, observations: [x]}\n")
+    assert main(["finetune", "--resume", str(out)]) == 2
+    assert "is a run of train" in capsys.readouterr().err
+
+
+def test_a_task_that_does_not_fit_leaves_no_config(base: str) -> None:
+    assert main(["finetune", base, "--out", "other", "--task", "reach", *TINY, "method.tuned_steps=1"]) == 2
+    assert not Path("other/config.yaml").exists()
 
 
 def test_a_signal_leaves_a_report_without_a_test(

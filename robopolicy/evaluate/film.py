@@ -7,6 +7,7 @@ checked to give the same outcome. Evaluation itself never pays for rendering.
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from robopolicy.errors import TaskError
 from robopolicy.evaluate.record import Film, Rollout
 from robopolicy.task import Task, TaskSpec
+
+MAX_FRAMES = 400  # of a film, which keeps its pace: a thousand steps drawn by software take minutes
 
 
 def film_rollouts(spec: TaskSpec, rollouts: Sequence[Rollout], successes: int, failures: int) -> list[Film]:
@@ -38,23 +42,31 @@ def film_rollouts(spec: TaskSpec, rollouts: Sequence[Rollout], successes: int, f
         except (TaskError, NotImplementedError) as error:  # the second: a task that never renders
             print(f"going on without films: {str(error) or f'{spec.name} does not render'}", file=sys.stderr)
             return []
-        return [Film(r.episode, encode_mp4(replay(task, r), task.rate)) for r in chosen]
+        films = []
+        for done in tqdm(chosen, desc="film", unit="episode", disable=None):
+            stride = math.ceil(done.episode.length / MAX_FRAMES)
+            films.append(Film(done.episode, encode_mp4(replay(task, done, stride), task.rate / stride)))
+        return films
     finally:
         task.close()
 
 
-def replay(task: Task, rollout: Rollout) -> list[np.ndarray]:
-    """Frames ``[uint8 HWC]`` of the episode, the first before any action. Raises TaskError when the outcome is another one."""
+def replay(task: Task, rollout: Rollout, stride: int = 1) -> list[np.ndarray]:
+    """Frames ``[uint8 HWC]`` of the episode, the first before any action and then one for every ``stride`` steps.
+
+    Raises TaskError when the outcome is another one.
+    """
     expected = rollout.episode
     task.reset(seed=expected.seed)
     frames = [_frame(task)]
     rewards: list[float] = []
     success = False
-    for action in rollout.actions:
+    for step, action in enumerate(rollout.actions, 1):
         _, reward, _, _, info = task.step(np.asarray(action, task.action_feature.dtype))
         rewards.append(float(reward))
         success |= bool(info["is_success"])
-        frames.append(_frame(task))
+        if step % stride == 0 or step == len(rollout.actions):
+            frames.append(_frame(task))
     if success != expected.success or abs(max(rewards) - expected.max_reward) > 1e-6:
         raise TaskError(
             f"replaying seed {expected.seed} gave success={success}, max reward {max(rewards):.4f} instead of "

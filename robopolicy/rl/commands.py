@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.resume is not None:
         source = args.resume / "config.yaml"
-        config, out = parse(FinetuneConfig, load_yaml(source), where=str(source)), args.resume
+        document = load_yaml(source)
+        if "data" in document:
+            raise ConfigError(f"'{args.resume}' is a run of train: go on with robopolicy train --resume, or finetune it without")
+        config, out = parse(FinetuneConfig, document, where=str(source)), args.resume
     else:
         config = _config(args)
         out = args.out or Path("outputs") / config.name
@@ -78,6 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
     find_task(config.task.name)  # before the checkpoint is loaded
     finetuner = Finetuner(config, out, resume=args.resume is not None)
+    results = (out / "test" / "comparison.json", out / "report.html")
+    if finetuner.iteration >= config.iterations and all(path.exists() for path in results):
+        print(f"all {config.iterations} iterations are done and tested; raise iterations in {out / 'config.yaml'} to go on")
+        return 0
+    if finetuner.base.provenance.get("source") == "from scratch":
+        print(f"from scratch: {config.base} describes a policy; to improve a trained one, name its run folder", file=sys.stderr)
     code = finetuner.run()
     saved = finetuner.checkpoints.steps()
     if not saved:

@@ -130,7 +130,6 @@ class Finetuner:
         lock = WriteLock(self.out)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         try:
-            write_file(self.out / "config.yaml", text.encode())
             with (
                 ChunkEnv(
                     config.task.spec,
@@ -151,6 +150,7 @@ class Finetuner:
                     mininterval=0.2 if sys.stderr.isatty() else 15.0,
                 ) as bar,
             ):
+                write_file(self.out / "config.yaml", text.encode())  # not before the task turned out to fit
                 return self._loop(env, metrics, bar)
         finally:
             lock.release()
@@ -262,7 +262,7 @@ class Finetuner:
     def _on_signal(self, number: int) -> None:
         if self.stop_signal is not None:
             raise KeyboardInterrupt  # the second one does not wait
-        tqdm.write(f"saving iteration {self.iteration} and stopping", file=sys.stderr)
+        tqdm.write("stopping: updates in progress are finished, then everything is saved", file=sys.stderr)
         self.stop_signal = number
         if self.evaluating:
             raise _Stopped

@@ -109,7 +109,10 @@ def write_run_report(finetuner: Finetuner, code: int, test: Comparison | None = 
         The path written.
     """
     config, rows = finetuner.config, read_metrics(finetuner.out / "metrics.jsonl")
-    sections = [*([] if test is None else _tested(test, config.eval.test_episodes)), _success(rows), _run(finetuner, code, rows)]
+    tested = [] if test is None else _tested(test, config.eval.test_episodes)
+    if test is None and code in (0, COLLAPSED) and config.eval.test_episodes:
+        tested = [Section("Before and after", Markup(""), "Not tested yet: it runs now, or was interrupted; --resume makes it.")]
+    sections = [*tested, _success(rows), _run(finetuner, code, rows)]
     return write_report(
         finetuner.out / "report.html",
         title=f"{config.name}: {config.method['type']} on {config.task.name}",

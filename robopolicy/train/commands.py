@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         if args.config or args.overrides or args.out:
             raise ConfigError("a resumed run keeps its config and folder, so --resume goes alone; start a new run to change them")
         source = args.resume / "config.yaml"
+        if "method" in load_yaml(source):
+            raise ConfigError(f"'{args.resume}' is a run of finetune: go on with robopolicy finetune --resume")
         experiment = parse(Experiment, load_yaml(source), where=str(source))
         out = args.resume
     else:
