@@ -21,7 +21,7 @@ from robopolicy.errors import TaskError
 from robopolicy.evaluate.record import Film, Rollout
 from robopolicy.task import Task, TaskSpec
 
-MAX_FRAMES = 400  # of a film, which keeps its pace: a thousand steps drawn by software take minutes
+MAX_FRAMES = 240  # of a film, which keeps its pace: drawn by software, a thousand steps take minutes
 
 
 def film_rollouts(spec: TaskSpec, rollouts: Sequence[Rollout], successes: int, failures: int) -> list[Film]:

@@ -44,7 +44,7 @@ class FinetuneEvalConfig(Config):
     every: int = pydantic.Field(default=20, ge=1)
     episodes: int = pydantic.Field(default=100, ge=0)
     test_episodes: int = pydantic.Field(default=400, ge=0)
-    films: int = pydantic.Field(default=3, ge=0)
+    films: int = pydantic.Field(default=2, ge=0)
     num_envs: int = pydantic.Field(default=50, ge=1)
     num_workers: int = pydantic.Field(default=0, ge=0)
 
