@@ -60,14 +60,14 @@ def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 
         features = dict(task.observation_features)
         seen: dict[str, list[np.ndarray]] = {name: [] for name, f in features.items() if not f.is_image}
         episode = 0
-        obs, _ = task.reset(seed=training_start(seed, episode))
+        obs, _ = task.reset(seed=_training_start(seed, episode))
         for _ in range(num_steps):
             for name, values in seen.items():
                 values.append(np.asarray(obs[name], np.float32).reshape(-1))
             obs, _, terminated, truncated, _ = task.step(rng.uniform(low, high).astype(np.float32))
             if terminated or truncated:
                 episode += 1
-                obs, _ = task.reset(seed=training_start(seed, episode))
+                obs, _ = task.reset(seed=_training_start(seed, episode))
         transform = ActionTransform(config.action, task.action_feature, features)
         if action_statistics_size(config, transform) != len(low):
             raise ConfigError("training from scratch takes absolute actions with one scale for all steps; drop policy.action")
@@ -84,7 +84,7 @@ def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 
         task.close()
 
 
-def training_start(seed: int, episode: int) -> int:
+def _training_start(seed: int, episode: int) -> int:
     return training_seed(seed, 1_000_000, episode)  # an environment index that no run has
 
 
