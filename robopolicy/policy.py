@@ -8,9 +8,10 @@ component of your own does is found in your packages, by the name that the confi
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pydantic
@@ -27,10 +28,14 @@ from robopolicy.generative.losses import LossConfig, denoising_loss
 from robopolicy.generative.path import PATHS, Kind, Pred
 from robopolicy.generative.path import Path as GaussianPath
 from robopolicy.generative.sampler import SAMPLERS, Sampler, randn
+from robopolicy.nets.embedding import TimeEmbedding
 from robopolicy.nets.registry import ENCODERS, NETS
 from robopolicy.train.checkpoint import find_policy, read_tensors, write_tensors
 
 FORMAT = 1
+# Kinds of policy and the class that builds one from its document, by `build(document, where)`; None: Policy itself.
+KINDS: dict[str, str | None] = {"policy": None, "composed": "robopolicy.compose.policy:Composed"}
+_GAP_DIM = 32  # width of the embedding of how far to go
 
 Observations = Mapping[str, np.ndarray | Tensor]
 
@@ -54,6 +59,7 @@ class PolicyConfig(Config):
     obs_noise: float = pydantic.Field(default=0.0, ge=0.0)  # std of noise on normalised state features in training
     initial_noise: float = pydantic.Field(default=1.0, ge=0.0)  # scale of the noise from which sampling starts; 0: none
     frozen_above: float | None = pydantic.Field(default=None, gt=0, le=1)  # above this time another, frozen network denoises
+    target_time: bool = False  # the network also hears how far it shall go: a flow map, right for the sampler 'jump'
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
@@ -62,6 +68,8 @@ class PolicyConfig(Config):
             raise ValueError(
                 f"n_obs_steps - 1 + n_action_steps = {needed} exceeds horizon {self.horizon}; raise it or execute fewer actions"
             )
+        if self.target_time and (self.path["type"] != "flow" or self.prediction != "flow" or self.frozen_above is not None):
+            raise ValueError("target_time needs path: {type: flow}, prediction: flow and no frozen_above")
         clip, mode = self.sampler.get("clip"), self.normalize.get("action", self.default_normalize)
         if clip is not None and clip < {"meanstd": 3.0, "quantile": 1.5}.get(mode, 0.0):
             raise ValueError(f"sampler.clip {clip} cuts off actions normalised by {mode}, which go beyond; set clip: null")
@@ -99,6 +107,8 @@ class Policy(nn.Module):
         DataError: A normaliser is missing or of the wrong size, or the action is not a vector.
     """
 
+    KIND: ClassVar[str] = "policy"
+
     def __init__(
         self,
         config: PolicyConfig,
@@ -126,10 +136,16 @@ class Policy(nn.Module):
             raise DataError(f"no normaliser for {', '.join(sorted(missing))}; fit one for every vector feature and for 'action'")
         self.normalizers = nn.ModuleDict({name: normalizers[name] for name in [*vectors, "action"]})
         self.encoder = _build("encoder", config.encoder, features=self.observation_features, n_obs_steps=config.n_obs_steps)
+        self.ctx_dim: int = self.encoder.ctx_dim
+        self.gap = TimeEmbedding(_GAP_DIM, "silu") if config.target_time else None
         self.net = _build(
-            "net", config.net, action_dim=self.action_transform.dim, horizon=config.horizon, ctx_dim=self.encoder.ctx_dim
+            "net",
+            config.net,
+            action_dim=self.action_transform.dim,
+            horizon=config.horizon,
+            ctx_dim=self.ctx_dim + (_GAP_DIM if self.gap is not None else 0),
         )
-        self.leaf: Field = Leaf(self.net, self.path, config.prediction)
+        self.leaf: Field = Leaf(self.denoise, self.path, config.prediction)
         if config.frozen_above is not None:
             self.frozen_net = copy.deepcopy(self.net).requires_grad_(False)
             self.leaf = Switched(self.leaf, Leaf(self.frozen_net, self.path, config.prediction), config.frozen_above)
@@ -164,9 +180,30 @@ class Policy(nn.Module):
         ctx: Tensor = self.encoder(inputs, generator)
         return ctx
 
-    def field(self, x: Tensor, t: Tensor, ctx: Tensor) -> Pred:
-        """Clean chunk and noise that the network sees in ``x [B, H, A]`` at times ``t`` (``[B]`` or ``[B, H]``)."""
-        return self.leaf(x, t, ctx)
+    def denoise(self, x: Tensor, t: Tensor, ctx: Tensor, gap: Tensor | None = None) -> Tensor:
+        """The network's output ``[B, H, A]`` for inputs as :meth:`robopolicy.generative.path.Path.net_input` makes them.
+
+        ``gap [B]`` is how far ahead the jump goes, in the unit of ``t`` (0..100); None is 0: the direction at ``t`` itself.
+        Networks without ``target_time`` do not hear it.
+        """
+        if self.gap is not None:
+            gap = torch.zeros(len(x), dtype=x.dtype, device=x.device) if gap is None else gap
+            ctx = torch.cat([ctx, self.gap(gap)], dim=1)
+        out: Tensor = self.net(x, t, ctx)
+        return out
+
+    def field(self, x: Tensor, t: Tensor, ctx: Tensor, to: Tensor | None = None) -> Pred:
+        """Clean chunk and noise that the network sees in ``x [B, H, A]`` at times ``t`` (``[B]`` or ``[B, H]``).
+
+        Given ``to`` (as ``t``), a policy with ``target_time`` answers with the pair whose straight line through ``x`` ends where
+        the flow does at ``to`` (rows with times of their own: their mean decides). Other policies ignore it.
+        """
+        if to is None or self.gap is None:
+            return self.leaf(x, t, ctx)
+        x_in, t_in = self.path.net_input(x, t)
+        gap = t_in - self.path.net_time(to).to(t_in.dtype)
+        y = self.denoise(x_in, t_in, ctx, gap if gap.ndim == 1 else gap.mean(1))
+        return self.path.predict(x, t, y.to(x.dtype), self.config.prediction)
 
     def sample(self, ctx: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
         """A normalised chunk ``[B, H, A]`` for each context; ``generator`` may be one per row."""
@@ -179,7 +216,7 @@ class Policy(nn.Module):
         obs: Mapping[str, Tensor] = batch["obs"]
         x0 = self.encode_actions(batch["action"], obs)
         ctx, is_pad = self.encode(obs, generator), batch["action_is_pad"]
-        return denoising_loss(self.net, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
+        return denoising_loss(self.denoise, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
 
     @torch.no_grad()
     def act(self, obs: Observations, generator: torch.Generator | Sequence[torch.Generator]) -> np.ndarray:
@@ -208,13 +245,14 @@ class Policy(nn.Module):
         first = self.config.n_obs_steps - 1
         return slice(first, first + self.config.n_action_steps)
 
-    def decode(self, chunk: Tensor, obs: Mapping[str, Tensor]) -> np.ndarray:
+    def decode(self, chunk: Tensor, obs: Mapping[str, Tensor], rows: slice | None = None) -> np.ndarray:
         """The actions ``[B, n_action_steps, A]`` float32 in the feature's units that a normalised ``chunk [B, H, A]`` stands for.
 
-        ``obs`` is what :meth:`observe` returned: relative actions are relative to it.
+        ``obs`` is what :meth:`observe` returned: relative actions are relative to it. ``rows`` are those :attr:`executed` unless
+        others are asked for; row ``n_obs_steps - 1`` is the action at the time of the newest observation.
         """
         actions = self.action_transform.decode(self.normalizer("action").unnormalize(chunk.float()), self._reference(obs))
-        return actions[:, self.executed].cpu().numpy().astype(np.float32)
+        return actions[:, self.executed if rows is None else rows].cpu().numpy().astype(np.float32)
 
     def encode_actions(self, actions: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
         """The normalised chunk ``[B, H, A]`` of actions ``[B, H, A]`` in the feature's units: the inverse of :meth:`decode`."""
@@ -259,6 +297,7 @@ class Policy(nn.Module):
         """What ``policy.json`` holds besides provenance: enough to rebuild the policy without its weights."""
         return {
             "format": FORMAT,
+            "kind": self.KIND,
             "config": self.config.model_dump(mode="json"),
             "observations": {name: feature.to_json() for name, feature in self.observation_features.items()},
             "action": {"name": self.action_feature.name, **self.action_feature.to_json()},
@@ -295,6 +334,15 @@ def build_policy(document: Mapping[str, Any], where: str) -> Policy:
         raise CheckpointError(
             f"checkpoint '{where}' has format {document.get('format')!r}; this version reads {FORMAT}. Update robopolicy"
         )
+    kind = document.get("kind", "policy")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"checkpoint '{where}' is of kind {kind!r}; this version knows {', '.join(KINDS)}. Update robopolicy"
+        )
+    if KINDS[kind] is not None:
+        module, _, name = KINDS[kind].partition(":")
+        built: Policy = getattr(importlib.import_module(module), name).build(document, where)
+        return built
     try:
         config = parse(PolicyConfig, document["config"], where=f"checkpoint '{where}'")
         observations = {name: Feature.from_json(name, value) for name, value in document["observations"].items()}

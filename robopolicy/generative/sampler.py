@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self, cast
 
 import pydantic
 import torch
@@ -153,6 +153,11 @@ def _step_numbers(path: Path, t: Tensor, u: Tensor, eta: float) -> tuple[Tensor,
     return a, b, c, d * torch.sqrt(1 - spread), d * torch.sqrt(spread)
 
 
+def _rows(t: Time, x: Tensor) -> Tensor:
+    """A time as fields take it: ``[B]``, or ``[B, H]`` as it came."""
+    return x.new_full((x.shape[0],), t) if isinstance(t, float) else t.to(x.dtype)
+
+
 def _scalar(t: float) -> Tensor:
     return torch.tensor(t, dtype=torch.float64)
 
@@ -241,18 +246,25 @@ class Sampler(ABC):
             stops = times.tolist() if times.ndim == 1 else list(times)
 
         def see(x: Tensor, t: Time) -> Pred:
-            at = x.new_full((x.shape[0],), t) if isinstance(t, float) else t.to(x.dtype)
-            return clip_pred(path, field(x, at, ctx), x, t, self.clip)
+            return clip_pred(path, self._ask(field, x, t, ctx, to), x, t, self.clip)
 
         x, last, chain = x_init, None, [x_init]
-        for t, u in itertools.pairwise(stops):
+        for t, to in itertools.pairwise(stops):
             seen = see(x, t)
-            pred = self._sharpen(see, path, x, t, u, seen, last)
-            x = step_dist(path, pred, x, t, u, self.eta).sample(generator)
+            pred = self._sharpen(see, path, x, t, to, seen, last)
+            x = self.step(path, pred, x, t, to).sample(generator)
             last = _Seen(seen, t)
             if record:
                 chain.append(x)
         return SampleResult(x, torch.stack(chain) if record else None, times, self._evaluations(len(stops) - 1))
+
+    def step(self, path: Path, pred: Pred, x: Tensor, t: Time, u: Time) -> StepDist:
+        """Where this sampler goes from ``x`` at ``t``, given what was seen there."""
+        return step_dist(path, pred, x, t, u, self.eta)
+
+    def _ask(self, field: Field, x: Tensor, t: Time, ctx: Tensor, to: Time) -> Pred:
+        """What the field sees in ``x`` at ``t``, on the way to ``to``."""
+        return field(x, _rows(t, x), ctx)
 
     def _evaluations(self, num_steps: int) -> int:
         return num_steps
@@ -353,6 +365,63 @@ class Heun(Euler):
         return path.predict(x, torch.as_tensor(t, dtype=torch.float64, device=x.device), velocity, "flow")
 
 
+class Jump(Euler):
+    """Jumps of a flow map: the field is told where each step goes and answers with the whole way (``policy.target_time``).
+
+    One step is one call from noise to action. MeanFlow, shortcut and CTM heads all end here.
+    """
+
+    class Config(Config):
+        num_steps: int = pydantic.Field(default=1, ge=1)
+        clip: float | None = pydantic.Field(default=None, gt=0)
+
+    def _ask(self, field: Field, x: Tensor, t: Time, ctx: Tensor, to: Time) -> Pred:
+        jump = cast("Callable[[Tensor, Tensor, Tensor, Tensor], Pred]", field)
+        return jump(x, _rows(t, x), ctx, _rows(to, x))
+
+
+class Consistency(Sampler):
+    """Denoise at once, noise again to an earlier time, and so on (Song et al. 2023, arXiv 2303.01469, algorithm 1).
+
+    With ``noise: 0`` the state is only scaled back between the calls: with times 1 and .1, no initial noise and a network that
+    predicts ``x0`` this is the minimal iterative policy (MIP, "Much Ado About Noising"); one step is plain regression.
+    """
+
+    class Config(Config):
+        num_steps: int = pydantic.Field(default=1, ge=1)
+        times: tuple[float, ...] | None = None  # of the calls, falling, the first 1; None: the path's grid for num_steps
+        noise: float = pydantic.Field(default=1.0, ge=0, le=1)
+        clip: float | None = pydantic.Field(default=None, gt=0)
+
+        @pydantic.model_validator(mode="after")
+        def _falls(self) -> Self:
+            times = self.times
+            if times is not None and (
+                len(times) != self.num_steps or times[0] != 1 or any(a <= b for a, b in itertools.pairwise(times))
+            ):
+                raise ValueError(f"times {list(times)}: give num_steps = {self.num_steps} of them, falling, the first 1")
+            return self
+
+    def __init__(self, config: Consistency.Config | None = None) -> None:
+        self.config = config or Consistency.Config()
+
+    @property
+    def clip(self) -> float | None:
+        return self.config.clip
+
+    def num_steps(self, path: Path) -> int:
+        return self.config.num_steps
+
+    def times(self, path: Path, t_start: float = 1.0) -> tuple[float, ...]:
+        if self.config.times is None:
+            return super().times(path, t_start)
+        return tuple(t for t in (*self.config.times, 0.0) if t <= t_start + 1e-9)
+
+    def step(self, path: Path, pred: Pred, x: Tensor, t: Time, u: Time) -> StepDist:
+        alpha, sigma, *_ = _step(path, u, u, 0.0, x)
+        return StepDist(alpha * pred.x0, sigma * self.config.noise)
+
+
 class DPMSolver(DDIM):
     """DPM-Solver++(2M), second order at one evaluation a step (Lu et al. 2022, arXiv 2211.01095); ``eta = 1`` is its SDE variant.
 
@@ -395,6 +464,8 @@ SAMPLERS: Mapping[str, str] = {
     "ddpm": "robopolicy.generative.sampler:DDPM",
     "ddim": "robopolicy.generative.sampler:DDIM",
     "euler": "robopolicy.generative.sampler:Euler",
+    "jump": "robopolicy.generative.sampler:Jump",
+    "consistency": "robopolicy.generative.sampler:Consistency",
     "heun": "robopolicy.generative.sampler:Heun",
     "dpm_solver": "robopolicy.generative.sampler:DPMSolver",
 }

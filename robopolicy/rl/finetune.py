@@ -91,7 +91,7 @@ class Finetuner:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # torch's initialisers take no generator
             self.head: Head = cls(settings, self.base.policy).to(self.device)
-            self.value = ValueNet(config.value, self.head.policy.encoder.ctx_dim).to(self.device)
+            self.value = ValueNet(config.value, self.head.policy.ctx_dim).to(self.device)
         self.ppo = PPO(config.ppo, self.head, self.value, self._demonstrations())
         self.scale = RewardScale(config.env.num_envs)
         self.guard = Guard(config.guard)

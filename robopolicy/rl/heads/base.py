@@ -109,7 +109,7 @@ class Head(nn.Module, ABC):
         """
         policy = self.policy
         return denoising_loss(
-            policy.net, policy.path, policy.config.prediction, chunk, ctx, is_pad, generator, policy.config.loss
+            policy.denoise, policy.path, policy.config.prediction, chunk, ctx, is_pad, generator, policy.config.loss
         )
 
     def anneal(self, progress: float) -> None:

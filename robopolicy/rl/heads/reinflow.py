@@ -52,7 +52,7 @@ class ReinFlow(Head):
         self.max_std = config.max_std
         self.steps = list(itertools.pairwise(policy.path.grid(config.num_steps).tolist()))
         super().__init__(config, policy)
-        self.noise_net = NoiseNet(policy.horizon, policy.action_transform.dim, policy.encoder.ctx_dim, config.hidden)
+        self.noise_net = NoiseNet(policy.horizon, policy.action_transform.dim, policy.ctx_dim, config.hidden)
         self.noise_net.to(policy.device)
 
     def tunable(self, policy: Policy) -> Policy:
