@@ -339,8 +339,8 @@ def build_policy(document: Mapping[str, Any], where: str) -> Policy:
         raise CheckpointError(
             f"checkpoint '{where}' is of kind {kind!r}; this version knows {', '.join(KINDS)}. Update robopolicy"
         )
-    if KINDS[kind] is not None:
-        module, _, name = KINDS[kind].partition(":")
+    if (place := KINDS[kind]) is not None:
+        module, _, name = place.partition(":")
         built: Policy = getattr(importlib.import_module(module), name).build(document, where)
         return built
     try:
