@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import cv2
@@ -90,6 +90,27 @@ def keypoints(block_pose: np.ndarray) -> np.ndarray:
     return np.stack([x, y], axis=-1).reshape(*pose.shape[:-1], 2 * len(KEYPOINTS))
 
 
+def noisy_sensors(state: np.ndarray, noise: Sequence[float], rng: np.random.Generator) -> Observation:
+    """What two poor sensors say of ``state [..., 5]`` (as :attr:`PushT.state`): independent Gaussian errors at every step.
+
+    Args:
+        state: Agent x, y [px], block x, y [px], block angle [rad].
+        noise: Standard deviations: of the agent's position [px], of the block's position [px], of its angle [rad].
+        rng: Source of the errors.
+
+    Returns:
+        ``agent_pos_noisy [..., 2]`` and ``keypoints_noisy [..., 18]`` float32 px: the key points of a block that is elsewhere,
+        not nine independent errors, which would average out.
+    """
+    state = np.asarray(state, np.float64)
+    agent, block, angle = noise
+    seen = state + rng.normal(size=state.shape) * np.array([agent, agent, block, block, angle])
+    return {
+        "agent_pos_noisy": seen[..., :2].astype(np.float32),
+        "keypoints_noisy": keypoints(seen[..., 2:]).astype(np.float32),
+    }
+
+
 class PushT(Task):
     """Push the T onto its target.
 
@@ -101,20 +122,29 @@ class PushT(Task):
         obs: What to observe besides ``agent_pos``: ``state`` (the block's pose), ``keypoints`` (nine points on the block) or
             ``image`` (96 x 96, without the pose).
         render_size: Side of the frames of :meth:`render` [px].
+        noise: Observe ``agent_pos_noisy`` and ``keypoints_noisy`` besides, with these deviations (:func:`noisy_sensors`); goes
+            with ``obs: keypoints`` only. The errors are a function of the seed; the initial states are those without noise.
 
     Raises:
-        TaskError: For an unknown ``obs`` or an unusable ``render_size``.
+        TaskError: For an unknown ``obs``, an unusable ``render_size``, or a ``noise`` that is not three numbers.
     """
 
     rate = RATE
     max_episode_steps = MAX_EPISODE_STEPS
     render_mode = "rgb_array"
 
-    def __init__(self, obs: Observe = "keypoints", render_size: int = 512) -> None:
+    def __init__(self, obs: Observe = "keypoints", render_size: int = 512, noise: Sequence[float] | None = None) -> None:
         if obs not in get_args(Observe):
             raise TaskError(f"task 'pusht' has no observations '{obs}': {nearest(str(obs), get_args(Observe))}")
         if render_size < 64:
             raise TaskError(f"task 'pusht': render_size {render_size} is too small to see anything; use at least 64")
+        if noise is not None and (obs != "keypoints" or len(noise) != 3 or min(noise) < 0):
+            raise TaskError(
+                f"task 'pusht': noise {list(noise)} with obs '{obs}'; give three deviations, none negative (agent [px], "
+                "block [px], angle [rad]), with obs=keypoints"
+            )
+        self._noise = noise
+        self._sensors = np.random.default_rng(0)  # another one in each episode, see reset
         self._obs = obs
         self._render_size = render_size
         self._world = PushTEnv(observation_width=IMAGE_SIZE, observation_height=IMAGE_SIZE)
@@ -131,6 +161,9 @@ class PushT(Task):
         elif obs == "keypoints":
             names = tuple(f"{axis}{i}" for i in range(len(KEYPOINTS)) for axis in "xy")
             features.append(Feature("keypoints", (2 * len(KEYPOINTS),), unit="px", names=names, rate=RATE))
+            if noise is not None:
+                features.append(Feature("agent_pos_noisy", (2,), unit="px", names=("x", "y"), rate=RATE))
+                features.append(Feature("keypoints_noisy", (2 * len(KEYPOINTS),), unit="px", names=names, rate=RATE))
         else:
             features.append(Feature("image", (IMAGE_SIZE, IMAGE_SIZE, 3), dtype="uint8", unit="1", rate=RATE))
         self.observation_features = {f.name: f for f in features}
@@ -147,6 +180,7 @@ class PushT(Task):
         angle = rng.uniform(-math.pi, math.pi)  # published: normal with a deviation of 2 pi, the same to 1e-8 on the circle
         turned = np.array([-math.sin(angle) * CENTRE[1], math.cos(angle) * CENTRE[1]])  # CENTRE lies on the T's y axis
         block = upright + CENTRE - turned
+        self._sensors = np.random.default_rng(rng.integers(2**63))  # drawn last: the states above are the same with and without
         return self.set_state(np.array([*agent, *block, angle]))
 
     def set_state(self, state: np.ndarray) -> tuple[Observation, dict[str, Any]]:
@@ -227,6 +261,8 @@ class PushT(Task):
             observation["block_pose"] = state[2:].astype(np.float32)
         elif self._obs == "keypoints":
             observation["keypoints"] = keypoints(state[2:]).astype(np.float32)
+            if self._noise is not None:
+                observation |= noisy_sensors(state, self._noise, self._sensors)
         else:
             observation["image"] = self._image()
         return observation

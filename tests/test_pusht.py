@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from robopolicy.errors import TaskError
 from robopolicy.task import find_task
-from sim.pusht import BOARD, CENTRE, CORNERS, KEYPOINTS, RADIUS, SUCCESS_COVERAGE, PushT, PushTEnv, keypoints
+from sim.pusht import BOARD, CENTRE, CORNERS, KEYPOINTS, RADIUS, SUCCESS_COVERAGE, PushT, PushTEnv, keypoints, noisy_sensors
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +238,37 @@ def test_wrong_use_is_explained(make: Any, message: str) -> None:
 
 def test_it_is_registered_by_name() -> None:
     assert find_task("pusht") is PushT
+
+
+# ---- poor sensors ------------------------------------------------------------------------------------------------------------
+
+
+def test_noisy_sensors_are_a_function_of_the_seed_and_leave_the_world_as_it_is() -> None:
+    clean, first, again = PushT(), PushT(noise=(40, 15, 0.1)), PushT(noise=(40, 15, 0.1))
+    again.reset(seed=8)  # what came before does not matter
+    for seed in (3, 4):
+        runs = []
+        for task in (clean, first, again):
+            obs = [task.reset(seed=seed)[0]] + [task.step(np.array([200.0, 300.0]))[0] for _ in range(5)]
+            runs.append(obs)
+        for a, b, c in zip(*runs, strict=True):
+            assert set(b) - set(a) == {"agent_pos_noisy", "keypoints_noisy"}
+            assert all(np.array_equal(a[name], b[name]) for name in a)
+            assert all(np.array_equal(b[name], c[name]) for name in b)
+            assert not np.array_equal(b["agent_pos"], b["agent_pos_noisy"])
+
+
+def test_the_errors_of_noisy_sensors_have_the_declared_spread() -> None:
+    state = np.tile([100.0, 200.0, 250.0, 300.0, 1.0], (20_000, 1))
+    seen = noisy_sensors(state, (40, 15, 0.1), np.random.default_rng(0))
+    assert seen["agent_pos_noisy"].std(axis=0) == pytest.approx([40, 40], rel=0.03)
+    # a point at distance r from the origin of the block moves by 15 px and by r times the error of the angle
+    spread = np.hypot(15, 0.1 * np.abs(KEYPOINTS[4]).max())
+    assert keypoints(state[:1, 2:])[0, 8:10] == pytest.approx(seen["keypoints_noisy"].mean(axis=0)[8:10], abs=2)
+    assert seen["keypoints_noisy"].std(axis=0)[8:10].max() == pytest.approx(spread, rel=0.1)
+
+
+@pytest.mark.parametrize("arguments", [{"noise": (1, 2)}, {"noise": (1, 2, -1)}, {"noise": (1, 2, 3), "obs": "state"}])
+def test_noise_that_is_none_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(TaskError, match="noise"):
+        PushT(**arguments)
