@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -107,13 +107,17 @@ def to_tensors(value: Any, device: torch.device) -> Any:
 
 
 class Trainer:
-    """One training run in one folder.
+    """One training run in one folder. Distillation is the same loop with other samples and another loss: the methods under "what
+    is learnt" are what it overrides.
 
     Args:
         experiment: The full configuration.
         out: Run folder; gets ``config.yaml``, ``checkpoints/``, ``metrics.jsonl`` and TensorBoard events.
         resume: Continue from the last checkpoint in ``out``; otherwise ``out`` must not hold one.
     """
+
+    COMMAND: ClassVar[str] = "robopolicy train CONFIG"  # what starts such a run
+    MAY_CHANGE: ClassVar[Sequence[str]] = MAY_CHANGE
 
     def __init__(self, experiment: Experiment, out: Path, resume: bool = False) -> None:
         self.experiment, self.config, self.out = experiment, experiment.train, out
@@ -124,17 +128,14 @@ class Trainer:
                 f"'{out}' already holds a run (step {done[-1]}); continue with --resume {out} or choose another --out"
             )
         if resume and not done:
-            raise CheckpointError(
-                f"'{out}' holds no checkpoint to resume from; start it with robopolicy train CONFIG --out {out}"
-            )
+            raise CheckpointError(f"'{out}' holds no checkpoint to resume from; start it with {self.COMMAND} --out {out}")
         self.device = pick_device(self.config.device, "train.device")
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.threads)
         self.data = open_data(experiment)
         if len(self.data.train) < 1:
             raise ConfigError(f"data: '{experiment.data.path}' gives no training windows; lower data.val_fraction")
-        self.batch_size = min(self.config.batch_size, len(self.data.train))
-        self.policy = build_untrained(experiment, self.data).to(self.device)
+        self.policy = self.build().to(self.device)
         self.ema = averaged(self.policy, self.config.ema)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -144,7 +145,7 @@ class Trainer:
             weight_decay=self.config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.loss: Callable[..., Tensor] = torch.compile(self.policy.loss) if self.config.compile else self.policy.loss
+        self.loss: Callable[..., Tensor] = torch.compile(self.batch_loss) if self.config.compile else self.batch_loss
         self.bf16 = use_bf16(self.config.precision, self.device, sum(p.numel() for p in self.parameters.values()))
         self.generator = torch.Generator(device=self.device)
         self.step = 0
@@ -162,12 +163,48 @@ class Trainer:
         assert isinstance(policy, Policy)
         return policy.eval()
 
+    # -- what is learnt ------------------------------------------------------------------------------------------------------
+
+    def build(self) -> Policy:
+        """The policy before training."""
+        return build_untrained(self.experiment, self.data)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.data.train)
+
+    def samples(self, indices: np.ndarray) -> Mapping[str, Any]:
+        """The samples ``indices [B]`` as nested dictionaries of arrays."""
+        return self.data.train.batch(indices)
+
+    def batch_loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """The loss of such samples, on the device."""
+        return self.policy.loss(batch, generator)
+
+    def validate(self) -> dict[str, float]:
+        """What is measured whenever a checkpoint is written."""
+        return {} if self.data.val is None else {"val/loss": self.validation_loss(self.data.val)}
+
+    def origin(self) -> dict[str, Any]:
+        """What the provenance of a checkpoint says besides versions and step."""
+        task = None if self.experiment.task is None else self.experiment.task.model_dump(mode="json")
+        return {
+            "task": task,
+            "experiment": self.experiment.name,
+            "seed": self.experiment.seed,
+            "data": {"path": self.experiment.data.path, **self._data_identity()},
+        }
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.config.batch_size, self.num_samples)
+
     # -- one step ------------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns the loss and the gradient norm before clipping."""
-        indices = batch_indices(self.step, len(self.data.train), self.batch_size, self.experiment.seed, self.permutations)
-        batch = to_tensors(self.data.train.batch(indices), self.device)
+        indices = batch_indices(self.step, self.num_samples, self.batch_size, self.experiment.seed, self.permutations)
+        batch = to_tensors(self.samples(indices), self.device)
         self._seed(step_seed(self.experiment.seed, self.step))
         self.policy.train()
         with self._autocast():
@@ -229,8 +266,8 @@ class Trainer:
                     with contextlib.suppress(_Stopped):
                         metrics.write(self.step, self._evaluate())
                 if evaluated or self._due(self.config.checkpoint_every):  # the table of the best names checkpoints that exist
-                    if self.data.val is not None:
-                        metrics.write(self.step, {"val/loss": self.validation_loss(self.data.val)})
+                    if measured := self.validate():
+                        metrics.write(self.step, measured)
                     self._save_or_warn()
                 started += time.perf_counter() - paused  # the logged rate is that of training alone
             self.save()  # a full disk is an error here: there is no later chance
@@ -312,15 +349,7 @@ class Trainer:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
             raise self._diverged("the weights are not finite")
         policy = self.averaged_policy
-        task = None if self.experiment.task is None else self.experiment.task.model_dump(mode="json")
-        source = {
-            **provenance(),
-            "task": task,
-            "experiment": self.experiment.name,
-            "seed": self.experiment.seed,
-            "step": self.step,
-            "data": {"path": self.experiment.data.path, **self._data_identity()},
-        }
+        source = {**provenance(), **self.origin(), "step": self.step}
         state = {
             "format": TRAIN_FORMAT,
             "step": self.step,
@@ -380,7 +409,7 @@ class Trainer:
             ) from error
 
     def _recipe(self) -> dict[str, Any]:
-        return recipe(self.experiment, MAY_CHANGE)
+        return recipe(self.experiment, self.MAY_CHANGE)
 
     def _data_identity(self) -> dict[str, Any]:
         episodes = self.data.episodes
