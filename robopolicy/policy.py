@@ -215,8 +215,9 @@ class Policy(nn.Module):
         """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""
         obs: Mapping[str, Tensor] = batch["obs"]
         x0 = self.encode_actions(batch["action"], obs)
-        ctx, is_pad = self.encode(obs, generator), batch["action_is_pad"]
-        return denoising_loss(self.denoise, self.path, self.config.prediction, x0, ctx, is_pad, generator, self.config.loss)
+        ctx, is_pad, now = self.encode(obs, generator), batch["action_is_pad"], self.config.n_obs_steps - 1
+        path, kind = self.path, self.config.prediction
+        return denoising_loss(self.denoise, path, kind, x0, ctx, is_pad, generator, self.config.loss, now=now)
 
     @torch.no_grad()
     def act(self, obs: Observations, generator: torch.Generator | Sequence[torch.Generator]) -> np.ndarray:
