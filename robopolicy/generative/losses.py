@@ -28,7 +28,7 @@ class LossConfig(Config):
         prefix: Training-time real-time chunking: up to so many rows from "now" on are given clean, at time 0, and not counted;
             the number is drawn uniformly from 0 to ``prefix`` for every chunk. The planner ``rtc_trained`` needs it.
         staircase: Share of chunks whose rows get later times the further ahead they are, in groups of ``stairs`` rows, those
-            before "now" clean: streaming diffusion (arXiv 2406.04806). The planner ``streaming`` needs it, and some of the others.
+            before "now" clean: streaming diffusion (arXiv 2406.04806). The planner ``streaming`` needs it, and some without.
         stairs: Rows of a group: those executed between two plans.
     """
 

@@ -52,8 +52,8 @@ class Inpainted:
     """A field whose samples are drawn towards a chunk: RTC's guidance in general form.
 
     With ``g = J^T W (chunk - x0)`` and ``r2 = sigma^2 / (alpha^2 + sigma^2)`` the score gains ``g / r2``: ``eps -= sigma g / r2``
-    and ``x0 += sigma^2 / alpha g / r2``, so that the pair still explains ``x``. The factor ``sigma / (alpha r2)`` of both is infinite
-    at either end and held below ``limit``; on the linear path this is the published rule to the letter.
+    and ``x0 += sigma^2 / alpha g / r2``, so that the pair still explains ``x``. The factor ``sigma / (alpha r2)`` of both is
+    infinite at either end and held below ``limit``; on the linear path this is the published rule to the letter.
 
     Args:
         field: What is drawn.
