@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("robopolicy.data.commands", "make, check, repair, inspect, merge and split demonstrations in zarr"),
     "train": ("robopolicy.train.commands", "train a diffusion or flow policy on demonstrations; resume a run"),
     "finetune": ("robopolicy.rl.commands", "make a checkpoint better by reinforcement in simulation; resume a run"),
+    "distill": ("robopolicy.distill.commands", "teach a student to do in one network call what its teacher does in many"),
     "eval": ("robopolicy.evaluate.commands", "measure a policy in simulation: success and score with intervals, films"),
     "compare": ("robopolicy.evaluate.compare", "compare policies on the same seeds, with tests that may be looked at any time"),
     "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),

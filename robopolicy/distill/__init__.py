@@ -1,0 +1,1 @@
+"""Distillation: a student that asks its network once learns what a teacher does in many calls."""

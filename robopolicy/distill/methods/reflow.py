@@ -1,0 +1,37 @@
+"""Reflow: flow matching once more, on the teacher's own pairs of noise and chunk, which makes the paths straight.
+
+Liu et al. 2023 (arXiv 2209.03003). Pairs are drawn as the teacher joins them, not at random, so that straight lines between them
+cross less, and few Euler steps suffice. At ``t = 1`` its loss is that of ``same_noise``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robopolicy import config as base
+from robopolicy.distill.methods.base import Method, Models, Samples, mean_square, times
+from robopolicy.generative.path import broadcast_time
+
+
+class Reflow(Method):
+    """A plain flow policy, right at every ``t``: it may also be asked in several steps."""
+
+    class Config(base.Config):
+        pass
+
+    def policy(self) -> Mapping[str, Any]:
+        return {"prediction": "flow", "sampler": {"type": "euler", "num_steps": 1}}
+
+    def loss(self, batch: Samples, models: Models, generator: torch.Generator) -> Tensor:
+        student = models.student
+        t = times(batch, student, generator)
+        start = student.path.prior(student.config.initial_noise * batch.noise)
+        time = broadcast_time(t, start)
+        x = (1 - time) * batch.clean + time * start
+        x_in, t_in = student.path.net_input(x, t)
+        velocity = student.denoise(x_in, t_in, student.encode(batch.obs, generator)).to(x.dtype)
+        return mean_square(velocity - (start - batch.clean), batch.keep)
