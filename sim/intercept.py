@@ -18,16 +18,16 @@ from robopolicy.task import Observation, Task
 
 RATE = 20.0  # control steps per second [Hz]
 ARENA = 1.0  # half its side [m]
-PILLAR = 0.25  # distance from the middle at which the agent touches the pillar [m]
+PILLAR = 0.24  # distance from the middle at which the agent touches the pillar [m]
 RING = 0.7  # radius on which the target runs [m]
-TARGET_SPEED = (0.25, 0.45)  # along the ring, drawn anew with every target [m/s]
-TURN_TIME = (0.6, 2.0)  # between its turns [s]
-MAX_SPEED, MAX_ACCELERATION, GAIN = 1.0, 5.0, 8.0  # of the agent towards the commanded position [m/s], [m/s^2], [1/s]
+TARGET_SPEED = (0.15, 0.3)  # along the ring, drawn anew with every target [m/s]
+TURN_TIME = (1.0, 3.0)  # between its turns [s]
+MAX_SPEED, MAX_ACCELERATION, GAIN = 0.7, 4.0, 8.0  # of the agent towards the commanded position [m/s], [m/s^2], [1/s]
 
 _DT = 1 / RATE
-_CLEARANCE = 0.36  # from the middle, kept by the expert [m]
-_DECISION = 0.62  # from the middle: where the expert takes a side [m]
-_AHEAD = 0.14  # of the agent: where the expert puts its command [m]
+_CLEARANCE = 0.37  # from the middle, kept by the expert [m]
+_DECISION = 0.6  # from the middle: where the expert takes a side [m]
+_AHEAD = 0.12  # of the agent: where the expert puts its command [m]
 _NOISE_STD, _NOISE_MEMORY = 0.03, 0.8  # of the expert's commands at noise = 1 [m]; correlation over a step
 
 
@@ -36,15 +36,15 @@ class Intercept(Task):
 
     Action: where the agent shall go, ``[2]`` m; its speed and acceleration are limited. The target runs on a ring around the
     pillar and turns at random times. It is caught when the agent stays within 10 cm of it for 3 steps, and appears at once on the
-    other side. Reward: the share of the catches made so far. The episode ends with the third catch, at the pillar, or after 12 s.
+    other side. Reward: the share of the catches made so far. The episode ends with the third catch, at the pillar, or after 15 s.
 
     Args:
-        max_episode_steps: Overrides the task's own 240.
+        max_episode_steps: Overrides the task's own 300.
         render_size: Side of the frames of :meth:`render` [px].
     """
 
     rate = RATE
-    max_episode_steps = 240
+    max_episode_steps = 300
     render_mode = "rgb_array"
 
     catches: ClassVar[int] = 3
@@ -178,7 +178,7 @@ class InterceptExpert:
         if task.caught != self._caught:
             self._side, self._caught = 0, task.caught
         (px, py), (tx, ty), (ux, uy) = task.agent, task.target, task.target_vel
-        lead = min(0.5, task.distance / MAX_SPEED)
+        lead = min(0.6, task.distance / MAX_SPEED)
         goal = (tx + lead * ux, ty + lead * uy)
         way = math.atan2(goal[1] - py, goal[0] - px)
         radius = math.hypot(px, py)
