@@ -24,6 +24,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "distill": ("robopolicy.distill.commands", "teach a student to do in one network call what its teacher does in many"),
     "eval": ("robopolicy.evaluate.commands", "measure a policy in simulation: success and score with intervals, films"),
     "compare": ("robopolicy.evaluate.compare", "compare policies on the same seeds, with tests that may be looked at any time"),
+    "export": ("robopolicy.deploy.export", "write a checkpoint as graphs that run without torch: onnx, openvino, torchscript"),
+    "bench": ("robopolicy.bench.commands", "measure latency, percentile by percentile, of a checkpoint or an export"),
     "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),
 }
 

@@ -252,8 +252,11 @@ class Policy(nn.Module):
         ``obs`` is what :meth:`observe` returned: relative actions are relative to it. ``rows`` are those :attr:`executed` unless
         others are asked for; row ``n_obs_steps - 1`` is the action at the time of the newest observation.
         """
-        actions = self.action_transform.decode(self.normalizer("action").unnormalize(chunk.float()), self._reference(obs))
-        return actions[:, self.executed if rows is None else rows].cpu().numpy().astype(np.float32)
+        return self.actions(chunk, obs)[:, self.executed if rows is None else rows].cpu().numpy().astype(np.float32)
+
+    def actions(self, chunk: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
+        """All rows ``[B, H, A]`` in the feature's units that a normalised ``chunk [B, H, A]`` stands for; as :meth:`decode`."""
+        return self.action_transform.decode(self.normalizer("action").unnormalize(chunk.float()), self._reference(obs))
 
     def encode_actions(self, actions: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
         """The normalised chunk ``[B, H, A]`` of actions ``[B, H, A]`` in the feature's units: the inverse of :meth:`decode`."""

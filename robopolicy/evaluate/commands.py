@@ -12,6 +12,7 @@ from robopolicy.errors import EvaluationError, nearest
 
 if TYPE_CHECKING:
     from robopolicy.evaluate.record import Evaluation
+    from robopolicy.evaluate.run import Actor
     from robopolicy.policy import Policy
     from robopolicy.task import TaskSpec
 
@@ -99,9 +100,8 @@ def _pooled(evaluations: Sequence[Evaluation], checkpoints: Sequence[str], folde
     from robopolicy.evaluate.record import BOOTSTRAP_SEED, write_json
     from robopolicy.evaluate.report import Section, write_report
     from robopolicy.evaluate.stats import pooled_interval
-    from robopolicy.policy import read_provenance
 
-    origins = [(p.get("experiment"), p.get("seed")) for p in map(read_provenance, checkpoints)]
+    origins = [(p.get("experiment"), p.get("seed")) for p in map(_origin, checkpoints)]
     if len(set(origins)) < len(origins) and origins[0][1] is not None:
         print("note: two of these are the same experiment with the same training seed; they are not independent", file=sys.stderr)
     if len({e.task.name for e in evaluations}) > 1:
@@ -142,15 +142,13 @@ def _pooled(evaluations: Sequence[Evaluation], checkpoints: Sequence[str], folde
     )
 
 
-def load(path: str, args: argparse.Namespace) -> tuple[Policy, TaskSpec]:
-    """The policy at ``path`` with its sampler as ``--steps`` says, and the task it shall run in."""
-    from robopolicy.policy import load_policy, read_provenance
+def load(path: str, args: argparse.Namespace) -> tuple[Actor, TaskSpec]:
+    """The policy at ``path``, a checkpoint or an export, with its sampler as ``--steps`` says, and the task it shall run in."""
+    from robopolicy.deploy.manifest import is_export
     from robopolicy.task import TaskSpec
 
-    policy = load_policy(path, args.device)
-    if args.steps is not None:
-        override_steps(policy, args.steps)
-    own = read_provenance(path).get("task") or {}
+    policy: Actor = _load_export(path, args) if is_export(path) else _load_checkpoint(path, args)
+    own = _origin(path).get("task") or {}
     name = args.task or own.get("name")
     if not isinstance(name, str):
         raise EvaluationError(
@@ -159,6 +157,36 @@ def load(path: str, args: argparse.Namespace) -> tuple[Policy, TaskSpec]:
     arguments: dict[str, Any] = dict(own.get("args", {})) if name == own.get("name") else {}
     arguments.update(_task_arguments(args.task_arg))
     return policy, TaskSpec(name, arguments)
+
+
+def _load_checkpoint(path: str, args: argparse.Namespace) -> Policy:
+    from robopolicy.policy import load_policy
+
+    policy = load_policy(path, args.device)
+    if args.steps is not None:
+        override_steps(policy, args.steps)
+    return policy
+
+
+def _load_export(path: str, args: argparse.Namespace) -> Actor:
+    from robopolicy.deploy.exported import ExportedPolicy
+
+    if args.steps is not None:
+        raise EvaluationError(
+            f"'{path}' is an export, its steps are fixed; export the checkpoint again with --steps {args.steps}"
+        )
+    return ExportedPolicy(path, args.threads)
+
+
+def _origin(path: str) -> dict[str, Any]:
+    """The provenance of a checkpoint, or of the one that an export was made from."""
+    from robopolicy.deploy.manifest import is_export, load_manifest
+    from robopolicy.policy import read_provenance
+
+    if not is_export(path):
+        return read_provenance(path)
+    provenance = load_manifest(path).checkpoint.get("provenance", {})
+    return provenance if isinstance(provenance, dict) else {}
 
 
 def override_steps(policy: Policy, steps: int) -> None:

@@ -1,0 +1,153 @@
+"""The parts of a policy as modules of tensors in, tensors out: what :mod:`robopolicy.deploy.export` turns into graphs.
+
+Graphs have a fixed batch and are made by tracing. With every shape fixed, the arithmetic on times of a fused graph consists of
+constants, which the runtimes fold away.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robopolicy.errors import ConfigError
+from robopolicy.generative.fields import Field, Switched
+from robopolicy.generative.sampler import Jump
+from robopolicy.nets import unet1d
+from robopolicy.policy import Policy
+
+
+class Part(nn.Module):
+    """A part of the policy with named inputs and outputs; called with tensors in the order of ``inputs``."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+
+class Encode(Part):
+    """Observations ``[B, n_obs_steps, *shape]`` in their units to the context ``[B, C]``."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.inputs, self.outputs = tuple(policy.observation_features), ("ctx",)
+
+    def forward(self, *obs: Tensor) -> Tensor:
+        return self.policy.encode(dict(zip(self.inputs, obs, strict=True)))
+
+
+class See(Part):
+    """``x [B, H, D], t [B], ctx [B, C]`` (and ``to [B]`` where steps are jumps) to ``x0`` and ``eps``, each ``[B, H, D]``."""
+
+    outputs = ("x0", "eps")
+
+    def __init__(self, policy: Policy, field: Field) -> None:
+        super().__init__(policy)
+        self.field = field
+        self.inputs = ("x", "t", "ctx", *(("to",) if jumps(policy) else ()))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        pred = self.field(*inputs)
+        return pred.x0, pred.eps
+
+
+class Decode(Part):
+    """A normalised chunk ``[B, H, D]``, and the observations that actions are relative to, to actions ``[B, rows, A]``."""
+
+    outputs = ("actions",)
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.inputs = ("chunk", *references(policy))
+
+    def forward(self, chunk: Tensor, *obs: Tensor) -> Tensor:
+        known = dict(zip(self.inputs[1:], obs, strict=True))
+        # References are all that is read of the observations; the others are only asked for their newest row.
+        filler = {n: chunk.new_zeros(1, 1) for n in self.policy.observation_features if n not in known}
+        return self.policy.actions(chunk, {**filler, **known})[:, self.policy.n_obs_steps - 1 :]
+
+
+class Whole(Part):
+    """Noise ``[B, H, D]`` and observations to actions ``[B, rows, A]``, every step of the sampler unrolled."""
+
+    outputs = ("actions",)
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.inputs = ("noise", *policy.observation_features)
+
+    def forward(self, noise: Tensor, *obs: Tensor) -> Tensor:
+        policy, named = self.policy, dict(zip(self.inputs[1:], obs, strict=True))
+        start = policy.path.prior(policy.config.initial_noise * noise)
+        chunk = policy.sampler.sample(policy.field, policy.encode(named), start, path=policy.path).x0
+        return policy.actions(chunk, named)[:, policy.n_obs_steps - 1 :]
+
+
+def jumps(policy: Policy) -> bool:
+    """Whether the field is told where each step goes."""
+    return policy.config.target_time and isinstance(policy.sampler, Jump)
+
+
+def references(policy: Policy) -> tuple[str, ...]:
+    """Observations that actions are relative to, in the order in which they are declared."""
+    config = policy.config.action
+    if config.type == "absolute":
+        return ()
+    named = {*config.reference, *(name for pose in config.poses for name in pose.reference)}
+    return tuple(name for name in policy.observation_features if name in named)
+
+
+def fields(policy: Policy) -> Mapping[str, Field]:
+    """The field as graphs can hold it: a network that takes over above some time is a graph of its own."""
+    leaf = policy.leaf
+    if isinstance(leaf, Switched):
+        return {"field": leaf.late, "field_early": leaf.early}
+    return {"field": cast("Field", policy.field)}
+
+
+def exportable(policy: Policy) -> Policy:
+    """A copy on the CPU whose layers are written in operators that every runtime has.
+
+    Raises:
+        ConfigError: A part cannot be written as a graph.
+    """
+    copied = copy.deepcopy(policy).cpu().eval().requires_grad_(False)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is unet1d.Conv:
+                setattr(parent, name, _Conv(child))
+            elif isinstance(child, nn.Mish):
+                setattr(parent, name, _Mish())
+    nested = [m for m in copied.modules() if isinstance(m, Policy) and m is not copied]
+    if any(part.config.frozen_above is not None for part in nested):
+        raise ConfigError(
+            "export: a part of this composition switches networks within the walk (frozen_above), which one graph cannot; "
+            "distil the composition and export the student"
+        )
+    return copied
+
+
+class _Conv(nn.Module):
+    """:class:`robopolicy.nets.unet1d.Conv` as the runtimes' own convolution: they lay out its weights once, when they load it."""
+
+    def __init__(self, conv: unet1d.Conv) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding = conv.stride[0], int(conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x.transpose(1, 2), self.weight, self.bias, self.stride, self.padding).transpose(1, 2)
+
+
+class _Mish(nn.Module):
+    """Mish, spelled out: OpenVINO 2026.4 refuses its own on processors with AMX."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(F.softplus(x))
