@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robopolicy.config import parse
 from robopolicy.errors import ConfigError
-from robopolicy.generative.losses import LossConfig, denoising_loss, denoising_terms, draw_times, weight
+from robopolicy.generative.losses import LossConfig, denoising_loss, denoising_terms, draw_times, staircase, weight
 from robopolicy.generative.path import EDM, Kind, LinearFlow, Path, VPCosine, broadcast_time
 
 PATHS = [VPCosine(), LinearFlow(), EDM()]
@@ -164,3 +164,54 @@ def test_low_precision_networks_are_compared_in_the_precision_of_the_chunk() -> 
     x0 = torch.randn(4, 4, 2, generator=seeded())
     loss = denoising_loss(lambda x, t, c: x.bfloat16(), LinearFlow(), "flow", x0, CTX, None, seeded(1), LossConfig())
     assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_a_prefix_is_clean_at_time_0_and_does_not_count(path: Path) -> None:
+    """Training-time real-time chunking: rows from "now" on, of a number that is drawn evenly."""
+    config, lengths = LossConfig(prefix=3), []
+    x0 = torch.randn(400, 6, 2, generator=seeded())
+
+    def net(x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
+        known = t == path.net_time(torch.zeros(())).to(t.dtype)
+        lengths.extend(known.sum(1).tolist())
+        assert not known[:, 0].any()  # before now
+        assert (known[:, 1:4].int().diff(dim=1) <= 0).all()  # from now on, without a gap
+        assert not known[:, 4:].any()
+        clean = path.net_input(x0, torch.zeros(400, 6))[0]
+        torch.testing.assert_close(x[known], clean[known])
+        assert ((t - t[:, :1]) * ~known == 0).all()  # all others at one time
+        return torch.zeros_like(x)
+
+    loss = denoising_terms(net, path, "x0", x0, CTX, None, seeded(1), config, now=1)
+    counts = torch.tensor(lengths).bincount()
+    assert len(counts) == 4
+    assert counts.min() > 60
+    assert ((loss.rows == 0).sum(1) == torch.tensor(lengths)).all()
+    expected = torch.cat([row[~(row == 0)] for row in loss.rows]).mean()
+    assert loss.mean.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_a_staircase_rises_by_groups_and_a_plan_takes_it_down_one_stair(path: Path) -> None:
+    before, after = (staircase(7, 2, torch.full((1,), share), path)[0] for share in (1.0, 0.0))
+    assert before.shape == (7,)
+    assert (after[:2] == 0).all()
+    assert before[-1] == 1
+    torch.testing.assert_close(after[2:], before[:5])  # what the group before had: move on by a group, and nothing has changed
+    assert (before.diff() >= 0).all()
+    assert before.unique().numel() == 4
+
+
+def test_staircase_training_mixes_with_ordinary_times() -> None:
+    config = LossConfig(staircase=0.5, stairs=2)
+    x0 = torch.randn(1000, 7, 1, generator=seeded())
+    loss = denoising_terms(zero_net, LinearFlow(), "flow", x0, CTX, None, seeded(1), config, now=1)
+    climbs = (loss.t[:, 1:].diff(dim=1) != 0).any(1)
+    assert 430 < climbs.sum() < 570
+    assert (loss.t[climbs, 0] == 0).all()  # before now: clean, and not counted
+    assert (loss.rows[climbs, 0] == 0).all()
+    assert (loss.t[~climbs] == loss.t[~climbs, :1]).all()
+    assert (loss.rows[~climbs, 0] > 0).all()
+    with pytest.raises(ConfigError, match="exclude each other"):
+        parse(LossConfig, {"prefix": 2, "staircase": 0.5})
