@@ -1,0 +1,1 @@
+"""Composition: policies that are better together, without training."""

@@ -1,0 +1,388 @@
+"""``Composed``: several policies that act as one, each with its own observations, path, prediction, network and horizon.
+
+Each parent reads its own observations and sees the same noisy chunk; what they see is mixed at every step of the sampler. A
+composed policy is a :class:`robopolicy.policy.Policy`: saved, loaded, evaluated, fine-tuned, distilled and run as any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, cast
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from robopolicy.compose.superpose import SUPERPOSE, Superpose
+from robopolicy.config import component, parse
+from robopolicy.data.actions import ActionTransform
+from robopolicy.data.normalize import Normalizer
+from robopolicy.errors import CheckpointError, ConfigError
+from robopolicy.features import Feature
+from robopolicy.generative.fields import Convex, Field, OnPath, OnRows, Product, Switched
+from robopolicy.generative.path import PATHS, Path, Pred, broadcast_time
+from robopolicy.generative.sampler import SAMPLERS, randn
+from robopolicy.policy import Policy, PolicyConfig, build_policy
+
+Rule = Literal["convex", "product", "and", "or"]
+
+_SPREAD = 1.25  # of the ratios of two normalisers' scales, beyond which one noise level no longer describes the other's states
+
+
+class ComposedConfig(PolicyConfig):
+    """Of a composed policy. ``path``, ``sampler``, ``net`` and the like are the first parent's unless told otherwise; ``net`` and
+    ``encoder`` describe no network here: they are what a student of this policy starts from.
+
+    Attributes:
+        rule: ``convex`` mean of what the parents see, ``product`` of experts, or superposition: ``and``, ``or``, which are
+            stochastic samplers.
+        weights: One per parent. Convex: sum 1. Product: exponents. ``and`` and ``or`` have none: they find their own.
+        prior_std: Of the product, see :class:`robopolicy.generative.fields.Product`.
+        renormalize: Accept parents whose action normalisers differ a little.
+    """
+
+    rule: Rule = "convex"
+    weights: tuple[float, ...]
+    prior_std: float | None = pydantic.Field(default=1.0, gt=0)
+    renormalize: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _samples(self) -> Self:
+        superposes = self.sampler["type"] == SUPERPOSE
+        if self.rule in ("and", "or") and not (superposes and self.sampler["mode"] == self.rule):
+            raise ValueError(
+                f"rule '{self.rule}' is a way of sampling: it needs sampler {{type: {SUPERPOSE}, mode: '{self.rule}'}}; "
+                "to fine-tune, or for another sampler, compose with rule convex or product"
+            )
+        if superposes and self.rule in ("convex", "product") and self.sampler["mode"] != "mean":
+            raise ValueError(f"sampler superpose in mode '{self.sampler['mode']}' belongs to rule '{self.sampler['mode']}'")
+        if self.sampler["type"] == "jump" or self.target_time:
+            raise ValueError("parents are mixed on the way from noise to action; sampler 'jump' has no way, use euler or ddim")
+        return self
+
+
+class Composed(Policy):
+    """A policy made of parents.
+
+    Chunks are aligned at "now": row ``n_obs_steps - 1`` of each. Rows that only some parents have are left to those.
+
+    Args:
+        config: Rule, weights, path and sampler; lengths that cover every parent's.
+        parents: Two or more policies that command the same action in the same representation.
+
+    Raises:
+        ConfigError: The parents do not fit together, or config and parents do not.
+    """
+
+    KIND: ClassVar[str] = "composed"
+    config: ComposedConfig
+
+    def __init__(self, config: ComposedConfig, parents: Sequence[Policy]) -> None:
+        nn.Module.__init__(self)
+        first = parents[0] if parents else None
+        if first is None or len(parents) < 2 or len(config.weights) != len(parents):
+            raise ConfigError(
+                f"{len(config.weights)} weights for {len(parents)} policies; compose two or more, with a weight each"
+            )
+        self.config = config
+        self.action_feature = first.action_feature
+        self.observation_features = _observations(parents)
+        self.path: Path = _component("path", config.path)
+        self.sampler = _component("sampler", config.sampler)
+        self.action_transform = ActionTransform(config.action, self.action_feature, self.observation_features)
+        self.gap = None
+        own: list[Policy] = []
+        for parent in parents:  # one given twice becomes two: a checkpoint holds no tensor under two names
+            own.append(copy.deepcopy(parent) if any(parent is other for other in own) else parent)
+        self.parents = nn.ModuleList(own)
+        self.rows = [_rows(parent, config) for parent in own]
+        self._check_actions()
+        self.ctx_dim = sum(parent.ctx_dim for parent in own)
+        self.leaf: Field = _Mixture(self, own)
+        if config.frozen_above is not None:
+            self.frozen = nn.ModuleList(copy.deepcopy(own)).requires_grad_(False)
+            early = _Mixture(self, cast("list[Policy]", list(self.frozen)))
+            self.leaf = Switched(self.leaf, early, config.frozen_above)
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The parents."""
+        return cast("list[Policy]", list(self.parents))
+
+    @property
+    def net(self) -> nn.ModuleList:
+        """The parents' networks: what fine-tuning trains."""
+        return nn.ModuleList(parent.net for parent in self.policies)
+
+    @property
+    def device(self) -> torch.device:
+        return self.policies[0].device
+
+    @property
+    def normalizers(self) -> dict[str, Normalizer]:  # type: ignore[override]
+        """Of every vector observation, as the first parent that has it normalises it, and of the action."""
+        vectors = (name for name, feature in self.observation_features.items() if not feature.is_image)
+        return {name: self.normalizer(name) for name in (*vectors, "action")}
+
+    def normalizer(self, name: str) -> Normalizer:
+        if name == "action":
+            return self.policies[_reference(self.policies, self.rows, self.config.horizon)].normalizer("action")
+        return next(parent for parent in self.policies if name in parent.observation_features).normalizer(name)
+
+    def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """The parents' contexts side by side ``[B, C1 + C2 + ...]``, each of its own observations and number of steps."""
+        parts = []
+        for parent in self.policies:
+            own = {name: obs[name][:, -parent.n_obs_steps :] for name in parent.observation_features}
+            parts.append(parent.encode(own, generator))
+        return torch.cat(parts, dim=1)
+
+    def denoise(self, x: Tensor, t: Tensor, ctx: Tensor, gap: Tensor | None = None) -> Tensor:
+        """What a network of ``config.prediction`` would say: the mixture, for losses. ``gap`` is not heard."""
+        state, time = _state(self.path, x, t)
+        pred = self.leaf(state, time, ctx)
+        return self.path.target(pred.x0, pred.eps, time, self.config.prediction)
+
+    def sample(self, ctx: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+        shape = (ctx.shape[0], self.config.horizon, self.action_transform.dim)
+        noise = self.config.initial_noise * randn(shape, generator, device=ctx.device)
+        return self.sampler.sample(self.leaf, ctx, self.path.prior(noise), path=self.path, generator=generator).x0
+
+    def varied(self, **changes: Any) -> Composed:
+        config = parse(ComposedConfig, {**self.config.model_dump(mode="json"), **changes}, where="policy")
+        policy = Composed(config, copy.deepcopy(self.policies))
+        if hasattr(self, "frozen"):
+            if not hasattr(policy, "frozen"):
+                raise ConfigError("policy.frozen_above: this policy has frozen networks for early times; it cannot do without")
+            policy.frozen.load_state_dict(self.frozen.state_dict())
+        return policy.to(self.device).train(self.training)
+
+    def document(self) -> dict[str, Any]:
+        return {**super().document(), "parents": [parent.document() for parent in self.policies]}
+
+    @classmethod
+    def build(cls, document: Mapping[str, Any], where: str) -> Composed:
+        """A composed policy with untrained weights from the contents of ``policy.json``. Raises CheckpointError."""
+        try:
+            documents = list(document["parents"])
+            parents = [build_policy(part, f"{where}, parent {index}") for index, part in enumerate(documents)]
+            return cls(parse(ComposedConfig, document["config"], where=f"checkpoint '{where}'"), parents)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"checkpoint '{where}': policy.json lacks or garbles {error}; use another checkpoint"
+            ) from error
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint '{where}': {error}") from error
+
+    def _check_actions(self) -> None:
+        """Raises ConfigError unless all parents mean the same by a normalised action."""
+        first = self.policies[0]
+        for index, parent in enumerate(self.policies[1:], start=1):
+            for what, ours, theirs in (
+                ("action", first.action_feature, parent.action_feature),
+                ("action representation (policy.action)", first.config.action, parent.config.action),
+            ):
+                if ours != theirs:
+                    raise ConfigError(
+                        f"parents 0 and {index} differ in their {what}: {ours} and {theirs}; only policies that command the same "
+                        "can be composed, train one again"
+                    )
+        reference = _reference(self.policies, self.rows, self.config.horizon)
+        for index in range(len(self.policies)):
+            (scale, offset), (own_scale, own_offset) = self.maps(reference, index)
+            close = torch.isclose(scale, own_scale, rtol=1e-6, atol=0) & torch.isclose(offset, own_offset, rtol=1e-6, atol=1e-6)
+            if close.all():
+                continue
+            ratio = own_scale / scale
+            spread = float(ratio.max() / ratio.min())
+            if not self.config.renormalize:
+                raise ConfigError(
+                    f"parents {reference} and {index} normalise actions differently (scales differ by up to "
+                    f"{float((ratio - 1).abs().max()):.1%}); train both on the same demonstrations, or allow it with "
+                    "renormalize=true"
+                )
+            if spread > _SPREAD:
+                raise ConfigError(
+                    f"parents {reference} and {index} scale the entries of an action by ratios {spread:.3g} apart: noise that is "
+                    f"the same in all entries for one is not for the other (at most {_SPREAD} can be made up for); train both on "
+                    "the same demonstrations"
+                )
+
+    def maps(self, reference: int, index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Scale and offset ``[rows or 1, A]`` of two parents' action normalisers, over the rows that both have."""
+        low = max(self.rows[reference].start, self.rows[index].start)
+        high = min(self.rows[reference].stop, self.rows[index].stop)
+        found = []
+        for which in (reference, index):
+            parent, start = self.policies[which], self.rows[which].start
+            normalizer, dim = parent.normalizer("action"), self.action_transform.dim
+            pair = [value.reshape(-1, dim) for value in (normalizer.scale, normalizer.offset)]
+            found.append([value if len(value) == 1 else value[low - start : high - start] for value in pair])
+        return cast("tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]", tuple(tuple(pair) for pair in found))
+
+
+class _Mixture:
+    """The parents' fields, mixed by the rule of a composed policy, and (:meth:`each`) one by one."""
+
+    def __init__(self, policy: Composed, parents: Sequence[Policy]) -> None:
+        config, reference = policy.config, _reference(parents, policy.rows, policy.config.horizon)
+        self.fields: list[Field] = []
+        at = 0
+        for index, (parent, rows) in enumerate(zip(parents, policy.rows, strict=True)):
+            field: Field = parent.field
+            if config.renormalize and index != reference:
+                field = _Renormalized(field, parent.path, policy, reference, index)
+            elif parent.config.path != config.path:
+                field = OnPath(field, parent.path, policy.path)
+            self.fields.append(OnRows(field, slice(at, at + parent.ctx_dim), rows))
+            at += parent.ctx_dim
+        have = torch.zeros(len(parents), config.horizon, dtype=torch.float64)
+        for index, rows in enumerate(policy.rows):
+            have[index, rows] = 1
+        self.alone = have / have.sum(0)  # where not all have a row: the mean of those that do
+        weights = torch.tensor(config.weights if config.rule in ("convex", "product") else [1.0] * len(parents))[:, None].double()
+        shared = have.bool().all(0)
+        if config.rule == "product":
+            partial = have * weights / (have * weights).sum(0).clamp_min(1e-12)
+            mixed = torch.where(shared, weights, torch.where((have * weights).sum(0) > 0, partial, self.alone))
+            self.mixed: Field = Product(self.fields, mixed, policy.path, config.prior_std)
+            return
+        if config.rule in ("and", "or"):  # what the sampler does not ask for: fields that are asked for elsewhere are the mean
+            weights = weights / len(parents)
+        elif abs(float(weights.sum()) - 1) > 1e-6 or float(weights.min()) < 0:
+            raise ConfigError(f"weights {list(config.weights)}: rule convex needs one each, none negative, with sum 1")
+        total = (have * weights).sum(0)
+        share = torch.where(total > 0, have * weights / total.clamp_min(1e-12), self.alone)
+        self.mixed = Convex(self.fields, torch.where(shared, weights, share))
+
+    def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
+        return self.mixed(x, t, ctx)
+
+    def each(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> list[Pred]:
+        """What every parent sees; of rows that it does not have, it says what those say that do."""
+        seen = [field(x, t, ctx) for field in self.fields]
+        alone = self.alone.to(x.device, x.dtype)[:, None, :, None]
+        if bool((alone == alone[0, 0, 0, 0]).all()):
+            return seen
+        mean = Pred(*((alone * torch.stack(part)).sum(0) for part in zip(*seen, strict=True)))
+        return [
+            Pred(torch.where(own > 0, pred.x0, mean.x0), torch.where(own > 0, pred.eps, mean.eps))
+            for own, pred in zip(alone, seen, strict=True)
+        ]
+
+
+class _Renormalized:
+    """A parent whose normaliser differs: ``x0_own = k x0 + m`` per entry.
+
+    A state ``x = alpha x0 + sigma eps`` becomes ``k x + alpha m = alpha x0_own + (k sigma) eps``: of the same action, with unit
+    noise still, but noisier by ``k``. Where ``k`` is the same in all entries that is exactly the parent's state at noise level
+    ``k sigma / alpha``; else their geometric mean stands for all (they may be 25 % apart, which misstates a level by 12 %).
+    """
+
+    def __init__(self, field: Field, own: Path, policy: Composed, reference: int, index: int) -> None:
+        self.field, self.own, self.policy, self.reference, self.index = field, own, policy, reference, index
+
+    def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
+        (scale, offset), (own_scale, own_offset) = self.policy.maps(self.reference, self.index)
+        k = own_scale / scale  # read on each call: a checkpoint's normalisers are loaded after it was built
+        m = (own_offset - k * offset).to(x.dtype)
+        level = float(k.double().log().mean().exp())
+        k = k.to(x.dtype)
+        alpha, sigma = self.policy.path.coefficients(t)
+        own_t = self.own.t_of(level * sigma / alpha)
+        own_alpha, own_sigma = self.own.coefficients(own_t)
+        factor = broadcast_time((own_alpha + own_sigma) / (alpha + level * sigma), x)
+        pred = self.field((k * x + broadcast_time(alpha, x) * m) * factor, own_t, ctx)
+        return Pred((pred.x0 - m) / k, pred.eps * (level / k))
+
+
+def compose(
+    parents: Sequence[Policy], *, rule: Rule = "convex", weights: Sequence[float] | None = None, **settings: Any
+) -> Composed:
+    """Make one policy of several.
+
+    Args:
+        parents: Two or more, on one device.
+        rule: How what they see is mixed.
+        weights: One per parent. Default: equal, with sum 1; for ``product`` 1 each.
+        settings: Of :class:`ComposedConfig`, for example ``sampler={"type": "ddim", "num_steps": 20}``,
+            ``path={"type": "flow"}``, ``renormalize=True``.
+
+    Raises:
+        ConfigError: The parents do not fit together, or a setting does not fit.
+    """
+    if len(parents) < 2:
+        raise ConfigError(f"{len(parents)} policy to compose; give at least two")
+    first = parents[0].config
+    past = max(parent.n_obs_steps for parent in parents)
+    chosen = first.model_dump(mode="json", include=set(PolicyConfig.model_fields) - {"frozen_above", "target_time"})
+    chosen |= {
+        "n_obs_steps": past,
+        "horizon": max(past - parent.n_obs_steps + parent.horizon for parent in parents),
+        "n_action_steps": min(parent.n_action_steps for parent in parents),
+        "rule": rule,
+        "weights": list(weights) if weights is not None else [1.0 if rule == "product" else 1 / len(parents)] * len(parents),
+    }
+    if rule in ("and", "or"):
+        steps = {key: first.sampler[key] for key in ("clip",) if key in first.sampler}
+        chosen["sampler"] = {"type": SUPERPOSE, "mode": rule, **steps}
+    if "path" in settings and settings["path"] != first.path and "prediction" not in settings:
+        settings["prediction"] = "flow"  # well posed at both ends of every path
+    return Composed(parse(ComposedConfig, {**chosen, **settings}, where="compose"), parents).eval()
+
+
+def mean_sampler(policy: Composed) -> dict[str, Any]:
+    """The control for ``and`` and ``or``: the same stochastic sampler, without superposition."""
+    assert isinstance(policy.sampler, Superpose)
+    return {**policy.config.sampler, "mode": "mean"}
+
+
+def _component(kind: str, value: Mapping[str, Any]) -> Any:
+    cls, config = component(kind, value, {"path": PATHS, "sampler": SAMPLERS}[kind])
+    return cls(config)
+
+
+def _observations(parents: Sequence[Policy]) -> dict[str, Feature]:
+    """All observations; the same name must be the same thing. Raises ConfigError."""
+    union: dict[str, Feature] = {}
+    for index, parent in enumerate(parents):
+        for name, feature in parent.observation_features.items():
+            known = union.setdefault(name, feature)
+            if (known.shape, known.dtype, known.unit) != (feature.shape, feature.dtype, feature.unit):
+                raise ConfigError(
+                    f"observation '{name}' is {known} to one parent and {feature} to parent {index}; rename one in data.features"
+                )
+    return union
+
+
+def _rows(parent: Policy, config: PolicyConfig) -> slice:
+    """Where a parent's chunk lies in the composed one. Raises ConfigError when it does not."""
+    start = config.n_obs_steps - parent.n_obs_steps
+    if start < 0 or start + parent.horizon > config.horizon:
+        raise ConfigError(
+            f"n_obs_steps {config.n_obs_steps} and horizon {config.horizon} are less than a parent's "
+            f"{parent.n_obs_steps} and {parent.horizon}; leave them out"
+        )
+    return slice(start, start + parent.horizon)
+
+
+def _reference(parents: Sequence[Policy], rows: Sequence[slice], horizon: int) -> int:
+    """The parent whose action normaliser is the composed policy's: the first whose normaliser knows every row."""
+    for index, (parent, own) in enumerate(zip(parents, rows, strict=True)):
+        if not parent.config.normalize_per_step or own == slice(0, horizon):
+            return index
+    raise ConfigError("no parent has a scale for every row of the chunk (normalize_per_step); train one with a longer horizon")
+
+
+def _state(path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :meth:`robopolicy.generative.path.Path.net_input`, by bisection: the network's time rises with ``t``."""
+    low, high = torch.zeros_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
+    wanted = t.double()
+    for _ in range(45):
+        middle = (low + high) / 2
+        below = path.net_time(middle) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    time = high
+    unit, _ = path.net_input(torch.ones_like(x), time)
+    return x / unit, time
