@@ -100,11 +100,12 @@ class _Robot:
 
 
 def replan_interval(delay: int, least: int, rows: int) -> int:
-    """Ticks from one inference to the next: ``max(delay, least)``, for one runs at a time, but no longer than the chunk lasts.
+    """Ticks from one inference to the next, of chunks of ``rows`` rows: ``least``, or more where inference takes longer.
 
-    A chunk is carried out from row ``delay`` on and must last ``replan`` rows more.
+    A chunk is carried out from row ``delay`` on, and the old plan should still say something when the next arrives: less than
+    ``least`` where that is needed for it. From ``2 delay >= rows`` on it is not possible.
     """
-    return max(delay, min(least, rows - delay), 1)
+    return max(delay, min(least, rows - 1 - delay), 1)
 
 
 def evaluate_delayed(

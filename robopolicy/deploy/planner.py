@@ -356,7 +356,8 @@ class Streaming(Planner):
             self.calls += 1
         alpha, sigma = (broadcast_time(value, x) for value in path.coefficients(times[-1]))
         clean = torch.where(sigma > 0, seen.x0, x)
-        self._eps = torch.where(sigma > 0, (x - alpha * clean) / sigma.clamp_min(1e-9), seen.eps)
+        eps = torch.where(sigma > 0, (x - alpha * clean) / sigma.clamp_min(1e-9), seen.eps)
+        self._eps = torch.where(begins[:, None, None], fresh, eps)
         return torch.where(begins[:, None, None], chunk, clean)
 
 
