@@ -99,7 +99,8 @@ class Composed(Policy):
         self.rows = [_rows(parent, config) for parent in own]
         self._check_actions()
         self.ctx_dim = sum(parent.ctx_dim for parent in own)
-        self.leaf: Field = _Mixture(self, own)
+        self._mixture = _Mixture(self, own)
+        self.leaf: Field = self._mixture
         if config.frozen_above is not None:
             self.frozen = nn.ModuleList(copy.deepcopy(own)).requires_grad_(False)
             early = _Mixture(self, cast("list[Policy]", list(self.frozen)))
@@ -137,6 +138,10 @@ class Composed(Policy):
             own = {name: obs[name][:, -parent.n_obs_steps :] for name in parent.observation_features}
             parts.append(parent.encode(own, generator))
         return torch.cat(parts, dim=1)
+
+    def each(self, x: Tensor, t: Tensor, ctx: Tensor) -> list[Pred]:
+        """What every parent sees in ``x [B, H, A]`` at ``t`` on this policy's path."""
+        return self._mixture.each(x, t, ctx)
 
     def denoise(self, x: Tensor, t: Tensor, ctx: Tensor, gap: Tensor | None = None) -> Tensor:
         """What a network of ``config.prediction`` would say: the mixture, for losses. ``gap`` is not heard."""

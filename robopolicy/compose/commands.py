@@ -1,0 +1,168 @@
+"""``robopolicy compose``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robopolicy.errors import ConfigError, EvaluationError
+from robopolicy.evaluate.commands import add_run_arguments, count, load, override_steps
+
+if TYPE_CHECKING:
+    from robopolicy.compose.policy import Composed
+    from robopolicy.compose.predict import Prediction
+    from robopolicy.policy import Policy
+    from robopolicy.task import TaskSpec
+
+EPILOG = """\
+examples:
+  robopolicy compose outputs/a outputs/b --weights 0.6 0.4 --out outputs/ab     # no roll-outs: just the policy
+  robopolicy compose outputs/a outputs/b --search                               # find the weights, then test them
+  robopolicy compose outputs/a outputs/b --search --data data/held.zarr         # and predict them from new demonstrations
+  robopolicy compose outputs/a outputs/b --rule and --search                    # no weights to find: test it, with controls
+  robopolicy compose outputs/a outputs/b outputs/c --search path.type=flow sampler.type=euler
+
+rules: convex is the weighted mean of what the parents see at each step (a compromise: where they want different things it goes
+between); product multiplies them (sharper: what both hold likely); and, or are superpositions, sampled stochastically. Parents
+may differ in observations, path (diffusion, flow), prediction, network and horizon; they must command the same action, in the
+same representation, with the same normaliser. Path and sampler are the first parent's; key=value changes them (path.*,
+sampler.*, n_action_steps, prior_std, renormalize=true).
+
+--search chooses weights on seeds from 300000 and tests them on others, from 200000, against: every parent alone by the same
+sampler; every parent as it came; the best parent with as many network calls as the composition makes; equal weights; and, for
+and/or, the plain mean by the same stochastic sampler. OUT becomes a policy that every other verb takes."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("parents", nargs="+", metavar="CKPT", help="two or more run or checkpoint folders; then key=value")
+    parser.set_defaults(overrides=[])
+    parser.add_argument(
+        "--rule", choices=("convex", "product", "and", "or"), default="convex", help="how to mix (default convex)"
+    )
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each parent (default: equal)")
+    parser.add_argument("--search", action="store_true", help="find weights by roll-outs and test them on other seeds")
+    parser.add_argument("--points", type=count, metavar="N", help="weights from 0 to 1 to try (default 11; 5 for more parents)")
+    parser.add_argument("--search-episodes", type=count, default=100, metavar="N", help="episodes for each of them (default 100)")
+    parser.add_argument("--on", choices=("success", "score"), default="success", help="what decides: success, or max reward")
+    parser.add_argument("--data", type=Path, metavar="ZARR", help="demonstrations new to the parents, to predict weights from")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    parents = [text for text in args.parents if "=" not in text]
+    overrides = [*(text for text in args.parents if "=" in text), *args.overrides]
+    _check(args, parents)
+
+    import torch
+
+    from robopolicy.provenance import provenance
+
+    torch.set_num_threads(args.threads)
+    loaded = [_load(path, args) for path in parents]
+    spec = loaded[0][1]
+    policy = build(args, [policy for policy, _ in loaded], overrides)
+    folder = args.out or Path("outputs") / "compose"
+    prediction = _predict(args, policy, parents)
+    if prediction is not None:
+        print(f"predicted weights  {said(prediction.weights)}   least error on {prediction.windows} held-out chunks")
+    outcome = None
+    if args.search:
+        from robopolicy.compose.search import search
+
+        if spec is None:
+            raise EvaluationError(f"checkpoint '{parents[0]}' does not say which task it is for; name one with --task")
+        outcome = search(policy, [policy for policy, _ in loaded], parents, spec, args, prediction)
+        policy = outcome.policy
+        print("\n".join(outcome.lines()))
+    policy.save(
+        folder,
+        {
+            **provenance(),
+            "task": {"name": spec.name, "args": dict(spec.kwargs)} if spec else None,
+            "experiment": folder.name,
+            "method": {"type": "compose", "rule": args.rule, "weights": list(policy.config.weights)},
+            "parents": [_origin(path) for path in parents],
+        },
+    )
+    if outcome is not None:
+        print(f"report  {outcome.write(folder)}")
+    print(f"policy  {folder}   {args.rule}, weights {said(policy.config.weights)}")
+    return 0
+
+
+def build(args: argparse.Namespace, parents: list[Policy], overrides: list[str]) -> Composed:
+    """The composition that the arguments describe. Raises ConfigError."""
+    from robopolicy.compose.policy import compose
+    from robopolicy.config import apply_overrides
+
+    base: dict[str, Any] = {"path": dict(parents[0].config.path), "sampler": {}}
+    settings = apply_overrides(base, overrides)
+    for key in ("path", "sampler"):
+        value, given = settings[key], any(text.startswith((f"{key}.", f"{key}=")) for text in overrides)
+        if not given:
+            del settings[key]
+        elif key == "path" and value.get("type") != base["path"]["type"]:
+            settings[key] = {k: v for k, v in value.items() if k == "type" or k not in base["path"]}
+        elif key == "sampler" and "type" not in value:
+            own = compose(parents, rule=args.rule, weights=args.weights).config.sampler
+            settings[key] = {**own, **value}
+    policy = compose(parents, rule=args.rule, weights=args.weights, **settings)
+    if args.steps is not None:
+        override_steps(policy, args.steps)
+    return policy
+
+
+def said(weights: Any) -> str:
+    return " ".join(f"{weight:.2f}" for weight in weights)
+
+
+def _check(args: argparse.Namespace, parents: list[str]) -> None:
+    """What can be said before anything is loaded. Raises ConfigError or EvaluationError."""
+    if len(parents) < 2:
+        raise ConfigError(f"{len(parents)} policy to compose; name two checkpoints or more: robopolicy compose A B")
+    if args.weights is not None and len(args.weights) != len(parents):
+        raise ConfigError(f"--weights gives {len(args.weights)} for {len(parents)} parents; give one each")
+    if args.weights is not None and args.rule in ("and", "or"):
+        raise ConfigError(f"rule '{args.rule}' finds its own weights at every step; drop --weights")
+    if args.search and args.weights is not None:
+        raise ConfigError("--search finds the weights; drop --weights, or drop --search to save these")
+    if args.search and args.seeds == "search":
+        raise EvaluationError("--seeds search: weights are chosen on those; test them on others, for example --seeds test")
+    if args.points is not None and args.points < 2:
+        raise ConfigError(f"--points {args.points}: 0 and 1 are two; give at least 2")
+
+
+def _load(path: str, args: argparse.Namespace) -> tuple[Policy, TaskSpec | None]:
+    from robopolicy.policy import Policy, load_policy, read_provenance
+
+    if args.task is None and not isinstance((read_provenance(path).get("task") or {}).get("name"), str):
+        return load_policy(path, args.device), None  # enough to compose
+    policy, spec = load(path, argparse.Namespace(**{**vars(args), "steps": None}))
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"'{path}' is an export: it cannot be asked step by step; compose the checkpoint that it was made from")
+    return policy, spec
+
+
+def _predict(args: argparse.Namespace, policy: Composed, parents: list[str]) -> Prediction | None:
+    """Weights from held-out demonstrations: of --data, else of what the first parent's run kept back, if all parents did."""
+    import torch
+
+    from robopolicy.compose.held import held_out
+    from robopolicy.compose.predict import predict_weights
+
+    if not (args.search or args.data):
+        return None
+    windows = held_out(policy, parents, args.data)
+    if isinstance(windows, str):
+        print(f"note: no weights are predicted: {windows}; give new demonstrations with --data", file=sys.stderr)
+        return None
+    return predict_weights(policy, windows, torch.Generator().manual_seed(0))
+
+
+def _origin(path: str) -> dict[str, Any]:
+    from robopolicy.data.rollouts import origin_of
+
+    return origin_of(path)
