@@ -170,7 +170,7 @@ class InterceptExpert:
         self._task, self._rng, self._std = task, rng, noise * _NOISE_STD
         self._side = 0  # of the pillar: 1 counter-clockwise, -1 clockwise, 0 not decided
         self._caught = 0
-        self._offset = np.zeros(2)
+        self._offset: np.ndarray = np.zeros(2)
 
     def act(self) -> np.ndarray:
         """The commanded position ``[2]`` m for the task's present state."""

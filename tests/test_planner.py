@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from robopolicy.cli import main
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.delayed import evaluate_delayed, replan_interval
 from robopolicy.deploy.planner import BID, PLANNERS, RTI, Planner, Previous, Streaming, make_planner
 from robopolicy.errors import ConfigError, EvaluationError
+from robopolicy.evaluate.record import load_evaluation
 from robopolicy.evaluate.run import evaluate
 from robopolicy.features import Feature
 from robopolicy.policy import Policy, PolicyConfig
@@ -329,3 +333,15 @@ def test_the_replan_interval() -> None:
         evaluate_delayed(made, DOT, [0], delay=5, replan=3, progress=False)
     with pytest.raises(EvaluationError, match="delay"):
         evaluate_delayed(made, DOT, [0], delay=-1, progress=False)
+
+
+def test_the_eval_verb_injects_a_delay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy().save(tmp_path / "policy", {"task": {"name": "toys:Dot", "args": {}}})
+    command = ["eval", str(tmp_path / "policy"), "--delay", "2", "--episodes", "3", "--out", str(tmp_path / "out")]
+    assert main([*command, "--executor", "rtc"]) == 0
+    assert "boundary jump" in capsys.readouterr().out
+    assert len(load_evaluation(tmp_path / "out" / "eval.json").episodes) == 3
+    figures = json.loads((tmp_path / "out" / "realtime.json").read_text())
+    assert (figures["delay"], figures["planner"]) == (2, {"type": "rtc"})
+    assert main([*command, "--executor", "rtcc"]) == 2
+    assert "did you mean 'rtc'" in capsys.readouterr().err

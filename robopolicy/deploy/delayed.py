@@ -34,6 +34,19 @@ from robopolicy.vector import VectorEnv
 
 Setting = Mapping[str, object] | str
 
+# Names for the usual pairs of planner and executor.
+MODES: Mapping[str, tuple[Setting, Setting]] = {
+    "pause": ("plain", "receding"),
+    "latest": ("plain", "latest"),
+    "ensemble": ("plain", "ensemble"),
+    "rtc": ("rtc", "latest"),
+    "rtc_identity": ({"type": "rtc", "jacobian": "identity", "schedule": "linear", "limit": 10.0}, "latest"),  # as lerobot has it
+    "rtc_trained": ("rtc_trained", "latest"),
+    "rti": ("rti", "latest"),
+    "streaming": ("streaming", "latest"),
+    "bid": ("bid", "latest"),
+}
+
 
 class RealTime(Config):
     """How it was carried out.

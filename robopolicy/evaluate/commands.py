@@ -22,6 +22,7 @@ examples:
   robopolicy eval outputs/pusht_flow --steps 4                  # fewer sampler steps, to see what they cost
   robopolicy eval outputs/lift_flow --task lift --seeds 250000 --episodes 100 --workers 2
   robopolicy eval runs/seed0 runs/seed1 runs/seed2 --episodes 200   # training seeds, pooled
+  robopolicy eval outputs/pusht_flow --delay 4 --executor rtc       # as if inference took 4 control steps (docs/realtime.md)
 
 Seeds of demonstrations start at 0, of validation during training at 100000, of tests at 200000, of searches at 300000: a
 policy never meets its test episodes before the test. The noise of the policy is seeded too: the same command gives the same
@@ -36,6 +37,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     parser.add_argument(
         "--film", nargs="?", type=count, const=1, default=0, metavar="N", help="film N successes and N failures (default 1)"
+    )
+    parser.add_argument("--delay", type=int, metavar="TICKS", help="control steps from an observation to the chunk it leads to")
+    parser.add_argument(
+        "--executor",
+        default="latest",
+        metavar="NAME",
+        help="with --delay: pause, latest, ensemble, rtc, rtc_identity, rtc_trained, rti, streaming or bid (default latest)",
     )
 
 
@@ -64,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     seeds = seeds_of(args)
+    if args.delay is not None:
+        return _delayed(args, seeds)
     evaluations: list[Evaluation] = []
     for path in args.checkpoints:
         policy, spec = load(path, args)
@@ -89,6 +99,39 @@ def run(args: argparse.Namespace) -> int:
     for film in first.films:
         (folder / f"{'success' if film.episode.success else 'failure'}_{film.episode.seed}.mp4").write_bytes(film.mp4)
     print(f"report           {report}")
+    return 0
+
+
+def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
+    """Run one policy as if inference took ``args.delay`` control steps."""
+    from robopolicy.deploy.delayed import MODES, evaluate_delayed
+    from robopolicy.evaluate.record import write_json
+    from robopolicy.policy import Policy
+
+    if args.executor not in MODES:
+        raise EvaluationError(f"--executor {args.executor}: {nearest(args.executor, MODES)}")
+    if len(args.checkpoints) > 1 or args.film:
+        raise EvaluationError("--delay takes one checkpoint, and no --film; leave these out")
+    policy, spec = load(args.checkpoints[0], args)
+    if not isinstance(policy, Policy):
+        raise EvaluationError(f"--delay: '{args.checkpoints[0]}' is an export; planners need the checkpoint that it was made from")
+    planner, executor = MODES[args.executor]
+    done = evaluate_delayed(
+        policy,
+        spec,
+        seeds,
+        delay=args.delay,
+        planner=planner,
+        executor=executor,
+        num_envs=args.num_envs,
+        num_workers=args.workers,
+        noise_seed=args.noise_seed,
+        name=args.checkpoints[0],
+    )
+    folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{args.executor}_{args.delay}")
+    done.evaluation.save(folder / "eval.json")
+    write_json(folder / "realtime.json", done.realtime.model_dump(mode="json"))
+    print("\n".join([*done.lines(), f"figures          {folder}"]))
     return 0
 
 
