@@ -114,7 +114,7 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         raise EvaluationError("--delay takes one checkpoint, and no --film; leave these out")
     policy, spec = load(args.checkpoints[0], args)
     if not isinstance(policy, Policy):
-        raise EvaluationError(f"--delay: '{args.checkpoints[0]}' is an export; planners need the checkpoint that it was made from")
+        raise EvaluationError(f"--delay: '{args.checkpoints[0]}' is an export; planners need the checkpoint behind it")
     planner, executor = MODES[args.executor]
     done = evaluate_delayed(
         policy,
