@@ -19,7 +19,7 @@ def settings(teacher: Policy, method: Mapping[str, Any]) -> dict[str, Any]:
 
     Dropout is left out: a map that is to be learnt exactly needs no noise in the network.
     """
-    value = teacher.config.model_dump(mode="json")
+    value = teacher.config.model_dump(mode="json", include=set(PolicyConfig.model_fields))  # a composed one says more
     value["net"] = {key: 0.0 if key == "dropout" else item for key, item in value["net"].items()}
     changes = {"path": {"type": "flow"}, "frozen_above": None, "obs_noise": 0.0, "target_time": False}
     changes["loss"] = LossConfig().model_dump(mode="json")
@@ -48,18 +48,18 @@ def warm_start(student: Policy, teacher: Policy) -> list[str]:
     a student of a flow teacher starts as its teacher's function.
     """
     theirs, copied = teacher.state_dict(), []
+    wider = student.gap.dim if student.gap is not None and teacher.gap is None else 0
     with torch.no_grad():
         for name, own in student.state_dict().items():
-            if name in theirs and not name.startswith("normalizers.") and _fit(own, theirs[name]):
-                columns = theirs[name].shape[1:2]
+            if name in theirs and not name.startswith("normalizers.") and _fits(own, theirs[name], wider):
                 own.zero_()
-                (own[:, : columns[0]] if columns else own).copy_(theirs[name])
+                (own[:, : theirs[name].shape[1]] if own.ndim > 1 else own).copy_(theirs[name])
                 copied.append(name)
     return copied
 
 
-def _fit(own: Tensor, theirs: Tensor) -> bool:
-    """Equal shapes, or a matrix that is wider than the teacher's."""
-    return own.shape == theirs.shape or (
-        own.ndim == theirs.ndim == 2 and own.shape[0] == theirs.shape[0] and own.shape[1] > theirs.shape[1]
-    )
+def _fits(own: Tensor, theirs: Tensor, wider: int) -> bool:
+    """Equal shapes, or a matrix with ``wider`` columns more."""
+    if own.shape == theirs.shape:
+        return True
+    return own.ndim == theirs.ndim == 2 and own.shape[0] == theirs.shape[0] and own.shape[1] == theirs.shape[1] + wider

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from robopolicy.config import component
 from robopolicy.errors import ConfigError
+from robopolicy.generative.fields import OnPath
 from robopolicy.generative.path import LinearFlow, broadcast_time
-from robopolicy.generative.sampler import DDIM, DDPM, SAMPLERS, Consistency, Sampler, clip_pred
+from robopolicy.generative.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, Sampler, clip_pred
 from robopolicy.policy import Policy
 
 _LINEAR = LinearFlow()
@@ -33,12 +34,16 @@ class Teacher:
 
     def __init__(self, policy: Policy, sampler: Mapping[str, Any] | None = None) -> None:
         self.policy = policy.eval().requires_grad_(False)
-        self.sampler = policy.sampler if sampler is None else _build(sampler)
-        if sampler is None:
-            self.sampler = deterministic(self.sampler, policy)
-        elif deterministic(self.sampler, policy) is not self.sampler:
-            raise ConfigError(f"teacher_sampler {dict(sampler)} draws noise on the way; use eta: 0, noise: 0 or another sampler")
-        self.networks = networks(policy)
+        self.sampler = _deterministic(policy) if sampler is None else _build(sampler)
+        self.on_linear = OnPath(policy.field, policy.path, _LINEAR)
+        self.networks, self.calls = networks(policy), 0
+        try:
+            self.sample(torch.zeros(1, policy.ctx_dim), torch.zeros(1, policy.config.horizon, policy.action_transform.dim))
+        except ValueError as error:  # it asked for a generator
+            raise ConfigError(
+                f"the teacher's sampler {dict(sampler or policy.config.sampler)} draws noise on the way, so its chunks are no "
+                "function of its first noise; give another, for example --teacher-sampler '{type: euler, num_steps: 10}'"
+            ) from error
         self.calls = 0
 
     @property
@@ -65,20 +70,11 @@ class Teacher:
     def velocity(self, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
         """``eps - x0 [B, H, A]`` that it sees in states ``x [B, H, A]`` on the LINEAR path at ``t [B]``.
 
-        The state is carried to the teacher's path at the same noise level ``sigma / alpha``. A path that ends at a finite level
-        (EDM) is asked at its end for all beyond. Where the sampler clips the clean chunk, so does this.
+        On another path it is asked at the same noise level. Where its sampler clips the clean chunk, so does this.
         """
         self.calls += len(x) * self.networks
-        path, t = self.policy.path, t.double()
         with torch.autocast(self.policy.device.type, enabled=False):
-            if isinstance(path, LinearFlow):
-                theirs, there = t, x
-            else:
-                theirs = path.t_of(_LINEAR.noise_level(t))
-                alpha, sigma = path.coefficients(theirs)
-                there = x * broadcast_time(alpha + sigma, x)
-            pred = self.policy.field(there, theirs, ctx)
-            pred = clip_pred(path, pred, there, theirs, self.sampler.clip)
+            pred = clip_pred(_LINEAR, self.on_linear(x, t.double(), ctx), x, t, self.sampler.clip)
         return pred.eps - pred.x0
 
     def step(self, x: Tensor, t: Tensor, u: Tensor, ctx: Tensor, order: int = 2) -> Tensor:
@@ -95,18 +91,13 @@ class Teacher:
         return x + broadcast_time(u - t, x) * mean
 
 
-def deterministic(sampler: Sampler, policy: Policy) -> Sampler:
-    """The sampler, or its counterpart without noise on the way. Raises ConfigError when it has none."""
+def _deterministic(policy: Policy) -> Sampler:
+    """The policy's sampler; one of the DDIM family without the noise that it draws on the way."""
+    sampler = policy.sampler
     if isinstance(sampler, DDPM):
         return DDIM(DDIM.Config(num_steps=sampler.num_steps(policy.path), clip=sampler.clip))
-    if isinstance(sampler, DDIM) and sampler.eta > 0:
+    if isinstance(sampler, DDIM) and type(sampler) in (DDIM, DPMSolver) and sampler.eta > 0:
         return type(sampler)(sampler.config.model_copy(update={"eta": 0.0}))
-    redraws = isinstance(sampler, Consistency) and sampler.config.noise > 0 and sampler.config.num_steps > 1
-    if redraws or sampler.eta > 0:
-        raise ConfigError(
-            f"the teacher's sampler {policy.config.sampler} draws noise on the way, so its chunks are no function of its first "
-            "noise; give another, for example --teacher-sampler '{type: euler, num_steps: 10}'"
-        )
     return sampler
 
 

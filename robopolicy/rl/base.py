@@ -102,7 +102,8 @@ def demonstrations(config: FinetuneConfig, policy: Policy) -> Callable[[int, tor
     document = load_yaml(source)
     if "data" not in document:
         raise ConfigError(f"ppo.bc.source demonstrations: '{config.base}' was not trained on any, says {source}; use source base")
-    windows = open_data(parse(Experiment, document, where=str(source))).train
+    imitation = {key: value for key, value in document.items() if key in Experiment.model_fields}  # a distilled one says more
+    windows = open_data(parse(Experiment, imitation, where=str(source))).train
     images = any(feature.is_image for feature in policy.observation_features.values())
 
     def draw(num: int, generator: torch.Generator) -> Demonstrated:

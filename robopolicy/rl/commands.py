@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         source = args.resume / "config.yaml"
         document = load_yaml(source)
         if "data" in document:
-            raise ConfigError(f"'{args.resume}' is a run of train: go on with robopolicy train --resume, or finetune it without")
+            verb = "distill" if "teacher" in document else "train"
+            raise ConfigError(
+                f"'{args.resume}' is a run of {verb}: go on with robopolicy {verb} --resume, or finetune it without"
+            )
         config, out = parse(FinetuneConfig, document, where=str(source)), args.resume
     else:
         config = _config(args)

@@ -47,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
         if args.config or args.overrides or args.out:
             raise ConfigError("a resumed run keeps its config and folder, so --resume goes alone; start a new run to change them")
         source = args.resume / "config.yaml"
-        if "method" in load_yaml(source):
-            raise ConfigError(f"'{args.resume}' is a run of finetune: go on with robopolicy finetune --resume")
-        experiment = parse(Experiment, load_yaml(source), where=str(source))
+        document = load_yaml(source)
+        if "method" in document:
+            verb = "distill" if "teacher" in document else "finetune"
+            raise ConfigError(f"'{args.resume}' is a run of {verb}: go on with robopolicy {verb} --resume")
+        experiment = parse(Experiment, document, where=str(source))
         out = args.resume
     else:
         experiment = parse(Experiment, apply_overrides(load_yaml(args.config), args.overrides), where=str(args.config))

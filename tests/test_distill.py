@@ -1,0 +1,387 @@
+"""`robopolicy distill`: from every kind of teacher, by every method, to a policy that every verb takes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from toys import Dot
+
+from robopolicy.cli import main
+from robopolicy.compose.policy import compose
+from robopolicy.config import load_yaml, parse
+from robopolicy.data.episodes import Episodes
+from robopolicy.distill.config import DistillConfig
+from robopolicy.distill.methods.registry import METHODS
+from robopolicy.distill.observations import recorded_data
+from robopolicy.distill.report import non_inferiority
+from robopolicy.distill.student import settings, untrained, warm_start
+from robopolicy.distill.teacher import Teacher
+from robopolicy.distill.trainer import Distiller
+from robopolicy.errors import CheckpointError, ConfigError
+from robopolicy.evaluate.paired import compare
+from robopolicy.evaluate.run import evaluate
+from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
+from robopolicy.task import TaskSpec
+from robopolicy.train.bc import Trainer
+from robopolicy.train.experiment import Experiment
+from robopolicy.train.metrics import read_metrics
+
+TASK = {"name": "toys:Dot", "args": {"max_episode_steps": 7}}
+FEATURES = {"x": Dot.observation_features["x"], "image": Dot.observation_features["image"], "action": Dot.action_feature}
+POLICY: dict[str, Any] = {
+    "n_obs_steps": 2,
+    "horizon": 4,
+    "n_action_steps": 2,
+    "net": {"type": "mlp", "width": 16, "depth": 1, "time_dim": 8, "dropout": 0.1},
+    "encoder": {"type": "state"},
+    "sampler": {"type": "euler", "num_steps": 3},
+}
+SHORT = ["train.batch_size=16", "train.warmup_steps=2", "train.checkpoint_every=4", "train.log_every=2", "train.device=cpu"]
+SHORT += ["pairs.num=64", "pairs.held_out=16", "eval.num_envs=4"]
+DIFFUSION = {"path": {"type": "vp_cosine"}, "prediction": "eps", "sampler": {"type": "ddim", "num_steps": 3}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations that drive the dot to the middle."""
+    path = tmp_path_factory.mktemp("data") / "dot.zarr"
+    rng, episodes = np.random.default_rng(0), Episodes.create(path, FEATURES)
+    for seed in range(8):
+        task, rows = Dot(), {name: [] for name in FEATURES}
+        obs, _ = task.reset(seed=seed)
+        for _ in range(9):
+            action = np.clip(-2 * obs["x"] + 0.3 * rng.normal(size=2), -1, 1).astype(np.float32)
+            for name, value in {**obs, "action": action}.items():
+                rows[name].append(value)
+            obs, *_ = task.step(action)
+        episodes.append({name: np.stack(values) for name, values in rows.items()})
+    return path
+
+
+def train(store: Path, out: Path, policy: dict[str, Any] | None = None, observations: tuple[str, ...] = ("x",)) -> Path:
+    value = {
+        "name": "dot",
+        "task": TASK,
+        "data": {"path": str(store), "observations": list(observations), "val_fraction": 0.25},
+        "policy": {**POLICY, **(policy or {})},
+        "train": {"steps": 6, "batch_size": 16, "warmup_steps": 2, "device": "cpu", "lr": 1e-2},
+    }
+    assert Trainer(parse(Experiment, value), out).run() == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def teacher(store: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(train(store, tmp_path_factory.mktemp("teacher") / "flow"))
+
+
+@pytest.fixture
+def config(teacher: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The config that a command line means."""
+
+    def of(*arguments: str, method: str = "same_noise", checkpoint: str = teacher) -> DistillConfig:
+        capsys.readouterr()
+        assert main(["distill", checkpoint, "--method", method, *SHORT, *arguments, "--print-config"]) == 0
+        return parse(DistillConfig, yaml.safe_load(capsys.readouterr().out))
+
+    return of
+
+
+# -- every method, every teacher ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_in_a_policy_that_acts(
+    method: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / method
+    assert main(["distill", teacher, "--method", method, "--steps", "8", "--eval", "6", "--out", str(out), *SHORT]) == 0
+    calls = 2 if method == "mip" else 1
+    said = capsys.readouterr().out
+    assert f"3 a chunk by the teacher, {calls} by the student" in said
+    assert "6 paired seeds" in said
+    student = load_policy(out)
+    assert student.sampler.nfe(student.path) == calls
+    result = evaluate(student, TaskSpec(name=TASK["name"], kwargs=TASK["args"]), range(5), num_envs=5, progress=False)
+    assert len(result.episodes) == 5
+    about = read_provenance(out)
+    assert about["method"]["type"] == method
+    assert about["teacher"]["path"] == teacher
+    assert about["teacher"]["provenance"]["experiment"] == "dot"
+    assert about["teacher"]["calls"] > 0
+    assert about["task"] == TASK
+    assert any("val/same_noise" in row for row in read_metrics(out / "metrics.jsonl"))
+    assert json.loads((out / "distill.json").read_text())["calls"]["student"] == calls
+    assert json.loads((out / "test" / "comparison.json").read_text())["policies"][1]["policy"] == str(out)
+
+
+def frozen(store: Path, out: Path) -> Path:
+    """What `finetune` leaves: no data of its own, a frozen network for early steps, other settings."""
+    base = train(store, out / "base", DIFFUSION)
+    tuned = load_policy(base).varied(frozen_above=0.5, sampler={"type": "ddim", "num_steps": 4, "eta": 1.0})
+    with torch.no_grad():
+        for parameter in tuned.net.parameters():
+            parameter.mul_(1.1)
+    tuned.save(out / "tuned", {"task": TASK})
+    (out / "tuned" / "config.yaml").write_text(yaml.safe_dump({"name": "tuned", "base": str(base), "method": {"type": "dppo"}}))
+    return out / "tuned"
+
+
+def composed(store: Path, out: Path) -> Path:
+    parents = [load_policy(train(store, out / "a", DIFFUSION)), load_policy(train(store, out / "b"))]
+    compose(parents, weights=[0.25, 0.75]).save(out / "both", {"task": TASK})
+    return out / "both"
+
+
+def pixels(store: Path, out: Path) -> Path:
+    encoder = {"type": "multimodal", "rgb": {"widths": [16], "keypoints": 4, "dim": 4}}
+    return train(store, out / "pixels", {"encoder": encoder}, ("x", "image"))
+
+
+def ancestral(store: Path, out: Path) -> Path:
+    return train(store, out / "ddpm", {**DIFFUSION, "sampler": {"type": "ddpm", "num_steps": 5}})
+
+
+@pytest.mark.parametrize(("make", "calls"), [(frozen, 4), (composed, 6), (pixels, 3), (ancestral, 5)])
+@pytest.mark.parametrize("method", ["same_noise", "ctm"])
+def test_teachers_of_every_kind(make: Any, calls: int, method: str, store: Path, tmp_path: Path) -> None:
+    source = make(store, tmp_path)
+    extra = ["--data", str(store)] if make is composed else []
+    out = tmp_path / "student"
+    assert main(["distill", str(source), *extra, "--method", method, "--steps", "4", "--out", str(out), *SHORT]) == 0
+    assert json.loads((out / "distill.json").read_text())["calls"] | {"spent": 0} == {"teacher": calls, "student": 1, "spent": 0}
+    student = load_policy(out)
+    task = Dot()
+    obs, _ = task.reset(seed=0)
+    seen = {name: np.repeat(obs[name][None, None], 2, axis=1) for name in student.observation_features}
+    assert set(seen) == set(load_policy(source).observation_features)
+    assert student.act(seen, torch.Generator().manual_seed(0)).shape == (1, 2, 2)
+
+
+def test_a_student_can_be_a_teacher(teacher: str, tmp_path: Path) -> None:
+    for source, out in ((teacher, "first"), (str(tmp_path / "first"), "second")):
+        assert main(["distill", source, "--steps", "4", "--out", str(tmp_path / out), *SHORT]) == 0
+    assert json.loads((tmp_path / "second" / "distill.json").read_text())["calls"]["teacher"] == 1
+
+
+def test_finetune_and_train_take_a_student(teacher: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", teacher, "--method", "reflow", "--steps", "4", "--out", str(tmp_path / "s"), *SHORT]) == 0
+    arguments = ["env.num_envs=4", "env.num_chunks=2", "iterations=1", "ppo.minibatch_size=4", "value.width=8", "eval.episodes=0"]
+    arguments += [
+        "eval.test_episodes=0",
+        "eval.films=0",
+        "env.reward.source=task",
+        "ppo.bc.weight=1",
+        "ppo.bc.source=demonstrations",
+    ]
+    out = ["--out", str(tmp_path / "rl")]
+    assert main(["finetune", str(tmp_path / "s"), "--method", "reinflow", *out, *arguments]) == 0
+    assert main(["train", "--resume", str(tmp_path / "s")]) == 2
+    assert "distill --resume" in capsys.readouterr().err
+    assert main(["distill", "--resume", str(tmp_path / "rl")]) == 2
+    assert "is a run of finetune" in capsys.readouterr().err
+    assert main(["distill", "--resume", teacher]) == 2
+    assert "is a run of train" in capsys.readouterr().err
+
+
+# -- the start ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        {"type": "mlp", "width": 16, "depth": 2, "time_dim": 8},
+        {"type": "dit", "width": 16, "depth": 2, "heads": 2, "time_dim": 8},
+        {"type": "unet1d", "down_dims": [8, 16], "groups": 4, "time_dim": 8},
+    ],
+)
+def test_a_student_of_a_flow_teacher_starts_as_its_teacher_whatever_the_gap(net: dict[str, Any], teacher: str) -> None:
+    original = load_policy(teacher)
+    config = parse(PolicyConfig, {**original.config.model_dump(mode="json"), "net": net})
+    torch.manual_seed(0)
+    normalizers = {name: original.normalizer(name) for name in original.normalizers}
+    source = Policy(config, original.observation_features, original.action_feature, normalizers).eval()
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    changes = {"target_time": True, "sampler": {"type": "jump"}}
+    student = untrained(parse(PolicyConfig, settings(source, changes)), source, seed=1).eval()
+    x, t, ctx = torch.randn(5, 4, 2), torch.rand(5), torch.randn(5, source.ctx_dim)
+    assert not torch.allclose(student.field(x, t, ctx).x0, source.field(x, t, ctx).x0, atol=1e-3)
+    copied = warm_start(student, source)
+    assert {f"net.{name}" for name, _ in source.net.named_parameters()} <= set(copied)
+    for to in (None, t * 0.5, torch.zeros(5)):
+        for ours, theirs in zip(student.field(x, t, ctx, to), source.field(x, t, ctx), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_another_network_starts_fresh_and_normalisers_are_the_teachers(config: Any, tmp_path: Path, teacher: str) -> None:
+    run = Distiller(config("policy.net.width=24"), tmp_path)
+    source = load_policy(teacher)
+    assert run.policy.net.leave.weight.abs().max() == 0  # as a fresh network has it
+    for name in source.normalizers:
+        assert run.policy.normalizer(name).equal(source.normalizer(name))
+    same = Distiller(config(), tmp_path / "same")
+    assert torch.equal(same.policy.net.leave.weight, source.net.leave.weight)
+    cold = Distiller(config("warm_start=false"), tmp_path / "cold")
+    assert cold.policy.net.leave.weight.abs().max() == 0
+    assert same.policy.config.net["dropout"] == 0
+
+
+def test_observations_are_found_through_the_base_of_a_tuned_teacher(store: Path, tmp_path: Path, config: Any) -> None:
+    tuned = frozen(store, tmp_path)
+    assert recorded_data(tuned)["path"] == str(store)
+    assert config(checkpoint=str(tuned)).data.observations == ("x",)
+    alone = load_policy(tuned).save(tmp_path / "alone")
+    with pytest.raises(ConfigError, match="data rollout TEACHER"):
+        recorded_data(alone)
+    (alone / "config.yaml").write_text("base: /nowhere\n")
+    with pytest.raises(ConfigError, match="which is not there"):
+        recorded_data(alone)
+
+
+def test_pairs_are_the_teachers_and_are_kept(config: Any, tmp_path: Path, teacher: str) -> None:
+    run = Distiller(config(), tmp_path)
+    pairs = run.pairs
+    spent = run.teacher.calls
+    assert spent == 64 * 3
+    source = Teacher(load_policy(teacher))
+    obs = {name: torch.from_numpy(value) for name, value in pairs.vectors.items()}
+    assert torch.equal(source.sample(source.encode(obs), torch.from_numpy(pairs.noise)), torch.from_numpy(pairs.clean))
+    window = run.data.train.batch(pairs.window[:5])["obs"]["x"]
+    assert np.array_equal(window, pairs.vectors["x"][:5])
+    again = Distiller(config(), tmp_path)
+    assert np.array_equal(again.pairs.clean, pairs.clean)
+    assert again.teacher.calls == 0  # read, not asked again
+    other = Distiller(config("seed=1"), tmp_path)
+    assert not np.array_equal(other.pairs.noise, pairs.noise)
+    spoilt = Distiller(config("pairs.obs_noise=0.1"), tmp_path / "noise").pairs
+    moved = spoilt.vectors["x"] - run.data.train.batch(spoilt.window)["obs"]["x"]
+    half_range = float(1 / source.policy.normalizer("x").scale.mean())
+    assert 0.05 < moved.std() / half_range < 0.2
+
+
+# -- running -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["same_noise", "consistency", "ctm", "meanflow", "shortcut", "mip"])
+def test_stopping_and_resuming_changes_no_bit(method: str, config: Any, tmp_path: Path) -> None:
+    settings = config("train.steps=10", method=method)
+    straight, stopped = Distiller(settings, tmp_path / "straight"), Distiller(settings, tmp_path / "stopped")
+    assert straight.run() == 0
+    while stopped.step < 5:
+        stopped.train_step()
+    stopped.save()
+    resumed = Distiller(settings, tmp_path / "stopped", resume=True)
+    assert (resumed.step, resumed.teacher.calls) == (5, stopped.teacher.calls)
+    assert resumed.run() == 0
+    first, second = straight.training_tensors(), resumed.training_tensors()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert resumed.teacher.calls == straight.teacher.calls
+
+
+def test_training_brings_the_student_closer_and_the_average_gets_no_gradient(config: Any, tmp_path: Path) -> None:
+    run = Distiller(config("train.steps=80", "train.lr=0.01", "pairs.num=512", "warm_start=false", method="ctm"), tmp_path)
+    before = run.validate()["val/same_noise"]
+    assert run.run() == 0
+    assert run.validate()["val/same_noise"] < 0.9 * before
+    assert all(parameter.grad is None for parameter in run.ema.parameters())
+
+
+def test_another_teacher_under_the_same_run_is_noticed(store: Path, config: Any, tmp_path: Path) -> None:
+    source = train(store, tmp_path / "teacher")
+    settings = config("train.steps=4", checkpoint=str(source))
+    assert Distiller(settings, tmp_path / "run").run() == 0
+    policy = load_policy(source)
+    with torch.no_grad():
+        next(policy.net.parameters()).add_(1)
+    policy.save(source / "checkpoints" / "step_00000009")
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        Distiller(settings, tmp_path / "run", resume=True)
+
+
+def test_ctrl_c_saves_and_resume_ends_the_run(teacher: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    line = [sys.executable, "-m", "robopolicy.cli", "distill", teacher, "--steps", "100000", "--out", str(out), *SHORT]
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        while not (out / "checkpoints" / "last").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert f"robopolicy distill --resume {out}" in said
+    document = load_yaml(out / "config.yaml")
+    done = int(read_provenance(out)["step"])
+    document["train"]["steps"] = done + 3
+    (out / "config.yaml").write_text(yaml.safe_dump(document))
+    assert main(["distill", "--resume", str(out)]) == 0
+    assert read_provenance(out)["step"] == done + 3
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "give either a teacher"),
+        (["nowhere"], "'nowhere' does not exist"),
+        (["train.lr=1"], "is an override; name the teacher first"),
+        (["TEACHER", "--method", "same_nose"], "did you mean 'same_noise'?"),
+        (["TEACHER", "--resume", "x"], "--resume goes alone"),
+        (["TEACHER", "method.stps=1"], "unknown key 'stps'"),
+        (["TEACHER", "policy.path.type=vp_cosine"], "students live on the linear path"),
+        (["TEACHER", "policy.horizon=8"], "are not the teacher's"),
+        (["TEACHER", "policy.normalize_per_step=true"], "must be the teacher's"),
+        (["TEACHER", "--data", "nowhere.zarr"], "nowhere.zarr"),
+        (["TEACHER", "--teacher-sampler", "{type: ddim, eta: 1.0}"], "draws noise on the way"),
+        (["TEACHER", "--teacher-sampler", "{type: eular}"], "did you mean 'euler'?"),
+        (["TEACHER", "data.observations=[image]"], "the teacher needs x"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_how_to_mend_it(
+    arguments: list[str], text: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
+    assert main(["distill", *(teacher if a == "TEACHER" else a for a in arguments), *out]) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_method_says_what_the_student_is_and_the_command_line_has_the_last_word(config: Any) -> None:
+    mip = config("method.second=0.2", method="mip")
+    assert mip.policy.sampler["times"] == [1.0, 0.2]
+    assert (mip.policy.prediction, mip.policy.initial_noise, mip.warm_start) == ("x0", 0.0, False)
+    ctm = config("policy.sampler.num_steps=2", "train.precision=auto", "--steps", "77", method="ctm")
+    assert (ctm.policy.target_time, ctm.policy.sampler["num_steps"], ctm.train.steps) == (True, 2, 77)
+    assert ctm.train.precision == "auto"
+    assert ctm.policy.net["dropout"] == 0.0
+
+
+def test_non_inferiority_is_stated_three_ways(teacher: str) -> None:
+    spec = TaskSpec(str(TASK["name"]), {"max_episode_steps": 7})
+    done = evaluate(load_policy(teacher), spec, range(40), num_envs=40, progress=False)
+
+    def result(successes: int) -> str:
+        both = []
+        for count in (20, successes):
+            episodes = [e.model_copy(update={"success": i < count}) for i, e in enumerate(done.episodes)]
+            both.append(done.model_copy(update={"episodes": tuple(episodes)}))
+        return non_inferiority(compare(both))
+
+    assert result(20).startswith("no verdict")
+    assert result(30).startswith("not worse by 2%")
+    assert result(5).startswith("worse by more than 2%")
