@@ -283,7 +283,7 @@ def search(
     controls = []
     for name, rival in rivals:
         evaluation = measure(rival, test_seeds, name)
-        controls.append(Control(name, evaluation, compare([evaluation, test], on=args.on).pairs[0]))
+        controls.append(Control(name, evaluation, compare([evaluation, test]).pairs[0]))
     return Outcome(policy, chosen, points, test, controls, _label(better), prediction, args.on, names)
 
 

@@ -1,0 +1,187 @@
+"""`robopolicy compose`: what it prints and writes, that other verbs take the result, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import Dot
+
+from robopolicy.cli import main
+from robopolicy.compose.policy import Composed
+from robopolicy.compose.search import simplex
+from robopolicy.config import parse
+from robopolicy.data.normalize import Normalizer
+from robopolicy.evaluate.run import SEEDS
+from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
+
+TASK = {"name": "toys:Dot", "args": {"max_episode_steps": 5}}
+POLICY: dict[str, Any] = {
+    "n_obs_steps": 1,
+    "horizon": 2,
+    "n_action_steps": 2,
+    "net": {"type": "mlp", "width": 8, "depth": 1, "time_dim": 4},
+    "encoder": {"type": "multimodal", "rgb": {"widths": [16]}},
+    "default_normalize": "identity",
+}
+KINDS: dict[str, Any] = {
+    "x": {"path": {"type": "flow"}, "prediction": "flow", "sampler": {"type": "euler", "num_steps": 2}},
+    "image": {"path": {"type": "vp_cosine"}, "prediction": "v", "sampler": {"type": "ddim", "num_steps": 2}},
+}
+
+
+def save(folder: Path, observed: str) -> str:
+    torch.manual_seed(0)
+    features = {observed: Dot.observation_features[observed]}
+    normalizers = {name: Normalizer(2, "identity") for name in ("x", "action")}
+    policy = Policy(parse(PolicyConfig, {**POLICY, **KINDS[observed]}), features, Dot.action_feature, normalizers)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return str(policy.save(folder, {"task": TASK}))
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("parents")
+    return [save(folder / "state", "x"), save(folder / "camera", "image")]
+
+
+@pytest.fixture(scope="module")
+def composed(parents: list[str]) -> str:
+    folder = str(Path(parents[0]).parent / "both")
+    assert main(["compose", *parents, "--weights", "0.6", "0.4", "--out", folder]) == 0
+    return folder
+
+
+def test_the_result_is_a_policy_that_says_where_it_comes_from(composed: str, parents: list[str]) -> None:
+    policy = load_policy(composed)
+    assert isinstance(policy, Composed)
+    assert policy.config.weights == (0.6, 0.4)
+    assert set(policy.observation_features) == {"x", "image"}
+    source = read_provenance(composed)
+    assert source["task"] == TASK
+    assert source["method"]["weights"] == [0.6, 0.4]
+    assert [Path(one["checkpoint"]) for one in source["parents"]] == [Path(parent).resolve() for parent in parents]
+
+
+def test_other_verbs_take_it(composed: str, parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", composed, "--episodes", "3", "--steps", "3", "--out", str(tmp_path / "eval")]) == 0
+    assert main(["compare", composed, parents[0], "--episodes", "3", "--out", str(tmp_path / "compare")]) == 0
+    store = str(tmp_path / "rollouts.zarr")
+    assert main(["data", "rollout", composed, "--episodes", "3", "--out", store]) == 0
+    tiny = [
+        *("env.num_envs=3", "env.num_chunks=2", "iterations=2", "ppo.value_only_iterations=0", "ppo.minibatch_size=6"),
+        *(
+            "value.width=8",
+            "method.num_steps=2",
+            "method.tuned_steps=1",
+            "eval.episodes=0",
+            "eval.test_episodes=0",
+            "eval.films=0",
+        ),
+        *("env.reward.source=task", "ppo.bc.weight=0.1", "ppo.bc.source=base"),
+    ]
+    tuned = str(tmp_path / "tuned")
+    assert main(["finetune", composed, "--method", "dppo", "--out", tuned, *tiny]) == 0
+    before, after = load_policy(composed), load_policy(tuned)
+    assert isinstance(after, Composed)
+    changed = [name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])]
+    assert any(name.startswith("parents.0.net") for name in changed)
+    assert any(name.startswith("parents.1.net") for name in changed)
+    assert not any("encoder" in name or "normalizers" in name for name in changed)
+    capsys.readouterr()
+    # what was tuned is composed again, and weights are predicted from what the first composition did
+    again = tmp_path / "again"
+    assert main(["compose", tuned, parents[1], "--data", store, "--out", str(again)]) == 0
+    assert "predicted weights" in capsys.readouterr().out
+    assert main(["eval", str(again), "--episodes", "2", "--out", str(tmp_path / "eval_again")]) == 0
+
+
+def test_a_search_chooses_on_some_seeds_and_tests_on_others(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--points", "3", "--search-episodes", "4", "--episodes", "6", "--on", "score", "--num-envs", "6"]
+    assert main(["compose", *parents, "--search", *settings, "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "no weights are predicted" in err
+    assert "verdict:" in out
+    value = json.loads((tmp_path / "compose.json").read_text())
+    assert [point["weights"] for point in value["search"]["points"]] == [[0, 1], [0.5, 0.5], [1, 0]]
+    assert value["search"]["seeds"] == list(range(SEEDS["search"], SEEDS["search"] + 4))
+    assert value["test"]["seeds"] == list(range(SEEDS["test"], SEEDS["test"] + 6))
+    scores = [point["mean_max_reward"]["mean"] for point in value["search"]["points"]]
+    assert value["weights"] == value["search"]["points"][scores.index(max(scores))]["weights"]
+    names = [control["name"] for control in value["test"]["controls"]]
+    assert names[:3] == ["parent A, same sampler", "parent B, same sampler", "parent B as it came"]
+    assert names[3] in ("parent A, 2x the steps", "parent B, 2x the steps")
+    policy = load_policy(tmp_path)
+    assert isinstance(policy, Composed)
+    assert list(policy.config.weights) == value["weights"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Against its controls" in page
+    assert "verdict" in page or "best single parent" in page
+    assert (tmp_path / "eval" / "composition" / "eval.json").exists()
+
+
+def test_a_superposition_is_tested_against_its_own_noise(parents: list[str], tmp_path: Path) -> None:
+    settings = ["--rule", "and", "--search", "--search-episodes", "2", "--episodes", "3", "--steps", "4", "--num-envs", "3"]
+    assert main(["compose", *parents, *settings, "path.type=vp_cosine", "--out", str(tmp_path)]) == 0
+    value = json.loads((tmp_path / "compose.json").read_text())
+    assert value["search"] is None
+    assert value["sampler"]["num_steps"] == 4
+    assert value["path"]["type"] == "vp_cosine"
+    assert "mean, same stochastic sampler" in [control["name"] for control in value["test"]["controls"]]
+    assert load_policy(tmp_path).config.model_dump()["rule"] == "and"
+
+
+def test_a_product_and_three_parents(parents: list[str], tmp_path: Path) -> None:
+    settings = ["--search", "--points", "2", "--search-episodes", "2", "--episodes", "2", "--num-envs", "2"]
+    overrides = ["sampler.type=ddim", "sampler.num_steps=2", "sampler.clip=2.0"]
+    assert main(["compose", *parents, parents[0], "--rule", "product", *settings, *overrides, "--out", str(tmp_path)]) == 0
+    value = json.loads((tmp_path / "compose.json").read_text())
+    assert len(value["search"]["points"]) == 3
+    assert sum(value["weights"]) == pytest.approx(3)
+    assert load_policy(tmp_path).config.sampler["clip"] == 2.0
+
+
+def test_weights_in_equal_steps() -> None:
+    assert simplex(2, 3) == [(0, 1), (0.5, 0.5), (1, 0)]
+    assert len(simplex(3, 5)) == 15
+    assert all(sum(row) == pytest.approx(1) for row in simplex(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["A"], "two checkpoints or more"),
+        (["A", "B", "--weights", "1"], "gives 1 for 2 parents"),
+        (["A", "B", "--rule", "or", "--weights", "1", "0"], "drop --weights"),
+        (["A", "B", "--search", "--weights", "1", "0"], "drop --weights"),
+        (["A", "B", "--search", "--seeds", "search"], "chosen on those"),
+        (["A", "B", "--search", "--seeds", "300050"], "overlap with search seeds"),
+        (["A", "B", "--points", "1"], "at least 2"),
+        (["A", "B", "--weights", "0.5", "0.6"], "with sum 1"),
+        (["A", "nowhere"], "'nowhere' does not exist"),
+        (["A", "B", "sampler.type=jump"], "has no way"),
+        (["A", "B", "rulle=and"], "unknown key 'rulle'"),
+        (["A", "B", "--data", "nowhere.zarr"], "nowhere.zarr"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str], message: str, parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"A": parents[0], "B": parents[1]}
+    assert main(["compose", *(named.get(a, a) for a in arguments), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compose", "--help"])
+    out = capsys.readouterr().out
+    assert "robopolicy compose outputs/a outputs/b --search" in out
+    assert "300000" in out
