@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from robopolicy.deploy.manifest import FORMAT, Backend, Graph, Manifest, Step, file_digest
+from robopolicy.deploy.manifest import FORMAT, Backend, Graph, Manifest, Step, file_digest, observed
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.evaluate.commands import count
 
@@ -155,7 +155,7 @@ def export(
 
 
 def walk(policy: Policy) -> tuple[Step, ...]:
-    """The sampler's steps as numbers. For a sampler that does more than these can say, :func:`parity` fails."""
+    """The sampler's steps as numbers. Raises ConfigError for a sampler with a walk of its own."""
     import itertools
 
     import torch
@@ -164,6 +164,11 @@ def walk(policy: Policy) -> tuple[Step, ...]:
     from robopolicy.generative.path import Pred
 
     sampler, path = policy.sampler, policy.path
+    if type(sampler).sample is not samplers.Sampler.sample:
+        raise ConfigError(
+            f"export: sampler '{policy.config.sampler['type']}' walks in a way of its own; "
+            "compose with rule convex or product, or distil the policy and export the student"
+        )
     zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
     times = sampler.times(path)
     steps = []
@@ -234,7 +239,15 @@ def _examples(policy: Policy, batch: int) -> dict[str, Tensor]:
     x = torch.zeros(batch, policy.horizon, policy.action_transform.dim)
     t = torch.full((batch,), 0.5)
     with torch.no_grad():
-        return {**obs, "x": x, "chunk": x, "noise": x, "t": t, "to": t, "ctx": policy.encode(obs)}
+        return {
+            **{observed(name): value for name, value in obs.items()},
+            "x": x,
+            "chunk": x,
+            "noise": x,
+            "t": t,
+            "to": t,
+            "ctx": policy.encode(obs),
+        }
 
 
 def _observations(policy: Policy, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from robopolicy.deploy.manifest import Manifest, Step, load_manifest
+from robopolicy.deploy.manifest import Manifest, Step, load_manifest, observed
 from robopolicy.deploy.runtime import Run, open_graph
 from robopolicy.errors import DataError
 from robopolicy.features import Feature
@@ -62,7 +62,7 @@ class ExportedPolicy:
         return chunk[:, : self.n_action_steps]
 
     def observe(self, obs: Arrays) -> dict[str, np.ndarray]:
-        """The observations that the graphs read, checked: ``[B, n_obs_steps, *shape]``, vectors float32, images uint8.
+        """The observations as the graphs read them, checked: ``obs.NAME -> [B, n_obs_steps, *shape]``, float32 or uint8 (images).
 
         Raises:
             DataError: A feature is missing, has the wrong shape, or is not finite.
@@ -79,7 +79,7 @@ class ExportedPolicy:
                 )
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise DataError(f"observation '{name}' holds NaN or infinity; a policy must not act on it: check that sensor")
-            inputs[name] = np.ascontiguousarray(value, dtype=np.uint8 if feature.is_image else np.float32)
+            inputs[observed(name)] = np.ascontiguousarray(value, dtype=np.uint8 if feature.is_image else np.float32)
         return inputs
 
     def noise(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | np.random.Generator) -> np.ndarray:

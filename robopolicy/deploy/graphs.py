@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robopolicy.deploy.manifest import observed
 from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Field, Switched
 from robopolicy.generative.sampler import Jump
@@ -37,10 +38,11 @@ class Encode(Part):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
-        self.inputs, self.outputs = tuple(policy.observation_features), ("ctx",)
+        self.names = tuple(policy.observation_features)
+        self.inputs, self.outputs = tuple(map(observed, self.names)), ("ctx",)
 
     def forward(self, *obs: Tensor) -> Tensor:
-        return self.policy.encode(dict(zip(self.inputs, obs, strict=True)))
+        return self.policy.encode(dict(zip(self.names, obs, strict=True)))
 
 
 class See(Part):
@@ -65,10 +67,11 @@ class Decode(Part):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
-        self.inputs = ("chunk", *references(policy))
+        self.names = references(policy)
+        self.inputs = ("chunk", *map(observed, self.names))
 
     def forward(self, chunk: Tensor, *obs: Tensor) -> Tensor:
-        known = dict(zip(self.inputs[1:], obs, strict=True))
+        known = dict(zip(self.names, obs, strict=True))
         # References are all that is read of the observations; the others are only asked for their newest row.
         filler = {n: chunk.new_zeros(1, 1) for n in self.policy.observation_features if n not in known}
         return self.policy.actions(chunk, {**filler, **known})[:, self.policy.n_obs_steps - 1 :]
@@ -81,10 +84,11 @@ class Whole(Part):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
-        self.inputs = ("noise", *policy.observation_features)
+        self.names = tuple(policy.observation_features)
+        self.inputs = ("noise", *map(observed, self.names))
 
     def forward(self, noise: Tensor, *obs: Tensor) -> Tensor:
-        policy, named = self.policy, dict(zip(self.inputs[1:], obs, strict=True))
+        policy, named = self.policy, dict(zip(self.names, obs, strict=True))
         start = policy.path.prior(policy.config.initial_noise * noise)
         chunk = policy.sampler.sample(policy.field, policy.encode(named), start, path=policy.path).x0
         return policy.actions(chunk, named)[:, policy.n_obs_steps - 1 :]
@@ -147,7 +151,9 @@ class _Conv(nn.Module):
 
 
 class _Mish(nn.Module):
-    """Mish, spelled out: OpenVINO 2026.4 refuses its own on processors with AMX."""
+    """Mish, ``x tanh(softplus(x))``, as a quotient: OpenVINO 2026.4 refuses its own on processors with AMX, and recognises it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.tanh(F.softplus(x))
+        e = torch.exp(x.clamp(max=20))  # beyond, the quotient is 1 in float32
+        n = e * (e + 2)
+        return x * (n / (n + 2))

@@ -106,6 +106,11 @@ class Manifest(Config):
         (folder / FILE).write_text(text + "\n")
 
 
+def observed(name: str) -> str:
+    """What graphs call their input of this observation; no name of an observation has a dot."""
+    return f"obs.{name}"
+
+
 def is_export(path: str | Path) -> bool:
     """Whether ``path`` is a folder with an exported policy."""
     return (Path(path) / FILE).exists()

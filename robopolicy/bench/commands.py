@@ -1,0 +1,153 @@
+"""``robopolicy bench``: how long a policy takes from observation to action, percentile by percentile."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robopolicy.errors import EvaluationError
+from robopolicy.evaluate.commands import count
+
+if TYPE_CHECKING:
+    from robopolicy.deploy.exported import ExportedPolicy
+    from robopolicy.policy import Policy
+
+BACKENDS = ("torch", "onnx", "openvino", "torchscript")
+
+EPILOG = """\
+examples:
+  robopolicy bench latency outputs/pusht_flow --backend torch onnx openvino
+  robopolicy bench latency outputs/pusht_flow --backend onnx --steps 1 2 4 10 --calls 5000
+  robopolicy bench latency outputs/pusht_flow/export/onnx --load 2      # beside two processes that compute
+  robopolicy bench latency outputs/pusht_flow --backend onnx --rate 10  # a call every 100 ms, as a robot makes them"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    latency = kinds.add_parser(
+        "latency",
+        help="from observation to action",
+        description="From observation to action, all in: checks, normalisers, noise, every step of the sampler.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    latency.add_argument("policy", metavar="CKPT|EXPORT", help="a run or checkpoint folder, or a folder of `robopolicy export`")
+    latency.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, help="runtimes, taking turns (default: torch; an export has its own)"
+    )
+    latency.add_argument(
+        "--steps", nargs="+", type=count, metavar="N", help="sampler steps, taking turns (default: the checkpoint's)"
+    )
+    latency.add_argument("--threads", type=count, default=1, help="of the network (default 1)")
+    latency.add_argument("--batch", type=count, default=1, help="observations at once (default 1)")
+    latency.add_argument("--calls", type=count, default=2000, help="of each contestant, after 50 warm-ups (default 2000)")
+    latency.add_argument("--seconds", type=float, help="stop after so long, with however many calls there are then")
+    latency.add_argument("--rate", type=float, metavar="HZ", help="start calls at this rate (default: one after the other)")
+    latency.add_argument("--load", type=int, default=0, metavar="N", help="busy processes beside it (default 0)")
+    latency.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/bench/latency)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import tempfile
+    import time
+
+    import torch
+
+    from robopolicy.bench.latency import measure, observations, stages
+    from robopolicy.bench.machine import busy, machine, runtime_versions
+    from robopolicy.bench.report import print_table, write
+
+    if args.rate is not None and args.rate <= 0:
+        raise EvaluationError(f"--rate {args.rate} is no rate; give calls per second")
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        policies = _contestants(args, Path(scratch))
+        first = next(iter(policies.values()))
+        obs = observations(first.observation_features, first.n_obs_steps, args.batch)
+        started = machine()
+        stack.enter_context(busy(args.load))
+        begun = time.perf_counter()
+        results = measure(
+            {name: (stages(policy), obs) for name, policy in policies.items()},
+            args.calls,
+            period=1 / args.rate if args.rate else None,
+            stop=lambda: args.seconds is not None and time.perf_counter() - begun > args.seconds,
+        )
+    rate = first.action_feature.rate
+    deadline = first.n_action_steps / rate if rate else None
+    settings = {
+        "policy": str(args.policy),
+        "parameters": _parameters(policies),
+        "threads": args.threads,
+        "batch": args.batch,
+        "busy processes": args.load,
+        "calls": "one after the other" if args.rate is None else f"at {args.rate:g} Hz",
+        "deadline": None if deadline is None else f"{1e3 * deadline:g} ms: {first.n_action_steps} actions at {rate:g} Hz",
+    }
+    misses = {name: int((s["whole"] > deadline).sum()) for name, s in results.items()} if deadline else {}
+    ended = machine()
+    document = {
+        "schema_version": 1,
+        "settings": settings,
+        "started": started,
+        "ended": ended,
+        "runtimes": runtime_versions(),
+        "deadline_misses": misses,
+    }
+    folder = args.out or Path(args.policy) / "bench" / "latency"
+    print_table(results)
+    if misses:
+        late = ", ".join(f"{name}: {missed} of {len(results[name]['whole'])}" for name, missed in misses.items() if missed)
+        print(f"deadline     {settings['deadline']}; missed by {late or 'none'}")
+    print(f"load         {started['load'][0]} at start, {ended['load'][0]} at end")
+    print(f"report       {write(folder, f'Latency of {args.policy}', results, document, deadline)}")
+    return 0
+
+
+def _contestants(args: argparse.Namespace, scratch: Path) -> dict[str, Policy | ExportedPolicy]:
+    """``name -> policy`` for every backend and number of steps that was asked for."""
+    from robopolicy.deploy.export import export
+    from robopolicy.deploy.exported import ExportedPolicy
+    from robopolicy.deploy.manifest import is_export
+    from robopolicy.evaluate.commands import override_steps
+    from robopolicy.policy import load_policy
+
+    if is_export(args.policy):
+        exported = ExportedPolicy(args.policy, args.threads)
+        if args.steps or (args.backend and args.backend != [exported.manifest.backend]):
+            raise EvaluationError(
+                f"'{args.policy}' is an export to {exported.manifest.backend} with fixed steps; "
+                "name the checkpoint to choose --backend or --steps"
+            )
+        return {f"{exported.manifest.backend}, {_steps(exported.manifest.nfe)}": exported}
+    found: dict[str, Policy | ExportedPolicy] = {}
+    for steps in args.steps or [None]:
+        policy = load_policy(args.policy)
+        if steps is not None:
+            override_steps(policy, steps)
+        calls = policy.sampler.nfe(policy.path)
+        for backend in args.backend or ["torch"]:
+            name = f"{backend}, {_steps(calls)}"
+            if backend == "torch":
+                found[name] = policy
+            else:
+                made = export(policy, scratch / f"{backend}_{calls}", backend, batch=args.batch)
+                found[name] = ExportedPolicy(made.folder, args.threads)
+    return found
+
+
+def _steps(calls: int) -> str:
+    return f"{calls} network call{'s' if calls > 1 else ''}"
+
+
+def _parameters(policies: dict[str, Any]) -> int | None:
+    """Of the network, where a checkpoint is among the contestants."""
+    from robopolicy.policy import Policy
+
+    for policy in policies.values():
+        if isinstance(policy, Policy):
+            return sum(p.numel() for p in policy.parameters())
+    return None

@@ -1,0 +1,124 @@
+"""Latency: the arithmetic on samples, what is measured, and the verb."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_policy import observations, policy
+
+from robopolicy import cli
+from robopolicy.bench.latency import measure, stages
+from robopolicy.bench.machine import busy, machine
+from robopolicy.bench.samples import histogram, summarize
+from robopolicy.deploy.export import export
+
+SETTINGS: dict[str, Any] = {"sampler": {"type": "euler", "num_steps": 2}, "n_action_steps": 4}
+
+
+def test_percentiles_are_observed_values() -> None:
+    found = summarize(np.random.default_rng(0).permutation(np.arange(1.0, 1001.0)))
+    assert found.percentiles == {"p50": 500.0, "p95": 950.0, "p99": 990.0, "p99.9": 999.0}
+    assert (found.n, found.mean, found.max) == (1000, 500.5, 1000.0)
+    assert set(summarize(np.array([3.0])).percentiles.values()) == {3.0}
+
+
+def test_a_rare_outlier_shows_in_the_tail_and_not_in_the_median() -> None:
+    values = np.ones(1000)
+    values[::500] = 50.0
+    found = summarize(values)
+    assert found.percentiles["p99"] == 1.0
+    assert found.percentiles["p99.9"] == found.max == 50.0
+
+
+def test_a_histogram_counts_every_value_once() -> None:
+    values = np.random.default_rng(1).lognormal(size=500)
+    found = histogram(values)
+    assert found.counts.sum() == 500
+    assert np.allclose(np.diff(np.log(found.edges)), np.log(found.edges[1] / found.edges[0]))
+    assert histogram(np.full(7, 2.0)).counts.sum() == 7
+
+
+def slow(seconds: float) -> Any:
+    def stage(state: Any) -> Any:
+        time.sleep(seconds)
+        return state
+
+    return stage
+
+
+def test_parts_add_up_to_the_whole_and_waiting_is_no_work() -> None:
+    way = [("quick", lambda state: state), ("slow", slow(0.004))]
+    found = measure({"a": (way, {}), "b": (way[:1], {})}, calls=60, warmups=1)
+    assert all(len(samples["whole"]) == 60 for samples in found.values())
+    np.testing.assert_allclose(found["a"]["whole"], found["a"]["quick"] + found["a"]["slow"], rtol=1e-9)
+    assert found["a"]["slow"].min() >= 0.004
+    assert np.median(found["a"]["cpu"]) < 0.002
+    assert np.median(found["b"]["whole"]) < 0.001
+
+
+def test_calls_at_a_rate_are_not_faster_than_it() -> None:
+    begun = time.perf_counter()
+    measure({"a": ([("quick", lambda state: state)], {})}, calls=20, warmups=0, period=0.005)
+    assert time.perf_counter() - begun >= 0.1
+
+
+def test_stages_are_the_policy(tmp_path: Path) -> None:
+    made, obs = policy(**SETTINGS), observations(1)
+
+    def passed(actor: Any) -> Any:
+        state: Any = obs
+        with torch.no_grad():
+            for _, stage in stages(actor, seed=3):
+                state = stage(state)
+        return state
+
+    for actor in (export(made, tmp_path / "few", "onnx"), export(policy(), tmp_path / "many", "onnx")):
+        np.testing.assert_array_equal(passed(actor), actor.act(obs, np.random.default_rng(3)))
+    np.testing.assert_array_equal(passed(made), made.act(obs, torch.Generator().manual_seed(3)))
+
+
+def test_the_state_of_the_machine_is_recorded() -> None:
+    found = machine()
+    assert found["kernel"] == os.uname().release
+    assert found["affinity"] == sorted(os.sched_getaffinity(0))
+    assert {"load", "cpu", "governor", "scheduler", "git", "preemption"} <= set(found)
+
+
+def test_load_is_real_and_ends() -> None:
+    with busy(1):
+        time.sleep(0.5)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        ticks = [Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[11] for child in children]
+        assert max(map(int, ticks)) > 0
+    assert not [c for c in children if Path(f"/proc/{c}").exists()]
+
+
+def test_the_verb_measures_checkpoints_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = policy(**SETTINGS).save(tmp_path / "policy")
+    out = tmp_path / "bench"
+    arguments = ["bench", "latency", str(checkpoint), "--backend", "torch", "onnx", "--steps", "1", "2", "--calls", "20"]
+    assert cli.main([*arguments, "--out", str(out), "--load", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("p99.9", "torch, 1 network call ", "onnx, 2 network calls", "decode", "load"))
+    document = json.loads((out / "latency.json").read_text())
+    assert len(document["milliseconds"]) == 4
+    row = document["milliseconds"]["onnx, 1 network call"]["whole"]
+    assert row["n"] == 20
+    assert 0 < row["p50"] <= row["p95"] <= row["p99.9"] <= row["max"]
+    assert document["settings"]["busy processes"] == 1
+    assert document["runtimes"]["onnxruntime"]
+    assert (out / "latency.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64" in (out / "report.html").read_text()
+
+    exported = export(policy(**SETTINGS), tmp_path / "export", "onnx")
+    assert cli.main(["bench", "latency", str(exported.folder), "--calls", "5", "--batch", "2"]) == 0
+    assert (exported.folder / "bench" / "latency" / "latency.json").exists()
+    assert cli.main(["eval", str(exported.folder), "--task", "x:y"]) == 2  # still an export: what is beside it does no harm
+    assert "cannot be imported" in capsys.readouterr().err
+    assert cli.main(["bench", "latency", str(exported.folder), "--steps", "3"]) == 2
+    assert "name the checkpoint" in capsys.readouterr().err
