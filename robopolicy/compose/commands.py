@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from robopolicy.data.rollouts import origin_of
     from robopolicy.provenance import provenance
 
     torch.set_num_threads(args.threads)
@@ -68,26 +69,26 @@ def run(args: argparse.Namespace) -> int:
     prediction = _predict(args, policy, parents)
     if prediction is not None:
         print(f"predicted weights  {said(prediction.weights)}   least error on {prediction.windows} held-out chunks")
-    outcome = None
+    search = None
     if args.search:
-        from robopolicy.compose.search import search
+        from robopolicy.compose.search import Search
 
         if spec is None:
             raise EvaluationError(f"checkpoint '{parents[0]}' does not say which task it is for; name one with --task")
-        outcome = search(policy, [policy for policy, _ in loaded], parents, spec, args, prediction)
-        policy = outcome.policy
+        search = Search(policy, [policy for policy, _ in loaded], parents, spec, args)
+        found = search.find()
+        policy = found.policy
+    about = {
+        **provenance(),
+        "task": {"name": spec.name, "args": dict(spec.kwargs)} if spec else None,
+        "experiment": folder.name,
+        "method": {"type": "compose", "rule": args.rule, "weights": list(policy.config.weights)},
+        "parents": [origin_of(path) for path in parents],
+    }
+    policy.save(folder, about)  # before the test, which takes longer than the search
+    if search is not None:
+        outcome = search.test(found, prediction)
         print("\n".join(outcome.lines()))
-    policy.save(
-        folder,
-        {
-            **provenance(),
-            "task": {"name": spec.name, "args": dict(spec.kwargs)} if spec else None,
-            "experiment": folder.name,
-            "method": {"type": "compose", "rule": args.rule, "weights": list(policy.config.weights)},
-            "parents": [_origin(path) for path in parents],
-        },
-    )
-    if outcome is not None:
         print(f"report  {outcome.write(folder)}")
     print(f"policy  {folder}   {args.rule}, weights {said(policy.config.weights)}")
     return 0
@@ -160,9 +161,3 @@ def _predict(args: argparse.Namespace, policy: Composed, parents: list[str]) -> 
         print(f"note: no weights are predicted: {windows}; give new demonstrations with --data", file=sys.stderr)
         return None
     return predict_weights(policy, windows, torch.Generator().manual_seed(0))
-
-
-def _origin(path: str) -> dict[str, Any]:
-    from robopolicy.data.rollouts import origin_of
-
-    return origin_of(path)

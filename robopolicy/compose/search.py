@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from robopolicy.compose.policy import Composed, Rule, compose, mean_sampler
+from robopolicy.compose.policy import Composed, Rule, mean_sampler
 from robopolicy.compose.predict import Prediction
 from robopolicy.config import component
 from robopolicy.errors import ConfigError, EvaluationError
@@ -34,9 +34,6 @@ class Point:
 
     weights: tuple[float, ...]
     evaluation: Evaluation
-
-    def value(self, on: On) -> float:
-        return self.interval(on).mean
 
     def interval(self, on: On) -> Interval:
         return self.evaluation.success if on == "success" else self.evaluation.max_reward
@@ -217,74 +214,112 @@ class Outcome:
         )
 
 
-def search(
-    base: Composed,
-    parents: Sequence[Policy],
-    names: list[str],
-    spec: TaskSpec,
-    args: argparse.Namespace,
-    prediction: Prediction | None,
-) -> Outcome:
-    """Scan weights, choose, and test. Raises EvaluationError when search and test seeds overlap."""
-    searched = list(range(SEEDS["search"], SEEDS["search"] + args.search_episodes))
-    test_seeds = seeds_of(args)
-    if set(searched) & set(test_seeds):
-        raise EvaluationError(
-            f"test seeds from {test_seeds[0]} overlap with search seeds from {searched[0]}; choose other --seeds"
+@dataclass(frozen=True)
+class Found:
+    """What the search seeds say."""
+
+    policy: Composed
+    chosen: Point
+    points: list[Point]
+    better: int  # the parent that did best alone
+
+
+class Search:
+    """Scans weights, chooses, and tests.
+
+    Args:
+        base: The composition, with any weights; its rule, path and sampler stay.
+        parents: Its parents as they came.
+        names: What to call them.
+        spec: The task.
+        args: ``points``, ``search_episodes``, ``on`` and what every verb that runs episodes has.
+
+    Raises:
+        EvaluationError: Search and test seeds overlap.
+    """
+
+    def __init__(
+        self, base: Composed, parents: Sequence[Policy], names: list[str], spec: TaskSpec, args: argparse.Namespace
+    ) -> None:
+        self.base, self.parents, self.names, self.spec, self.args = base, parents, names, spec, args
+        self.searched = list(range(SEEDS["search"], SEEDS["search"] + args.search_episodes))
+        self.tested = seeds_of(args)
+        if set(self.searched) & set(self.tested):
+            raise EvaluationError(
+                f"test seeds from {self.tested[0]} overlap with search seeds from {self.searched[0]}; choose other --seeds"
+            )
+        self.rule = base.config.rule
+        self.total = float(len(parents)) if self.rule == "product" else 1.0
+        # Every parent by the composition's own path and sampler (for and/or: by the stochastic one).
+        self.alone = [_alone(base, index) for index in range(len(parents))]
+
+    def find(self) -> Found:
+        """Choose weights on the search seeds; for ``and`` and ``or`` there are none to choose."""
+        on: On = self.args.on
+        weighted = self.rule in ("convex", "product")
+        grid = simplex(len(self.parents), self.args.points or (11 if len(self.parents) == 2 else 5)) if weighted else []
+        points = []
+        for row in grid:
+            weights = tuple(self.total * w for w in row)
+            points.append(
+                Point(weights, self._measure(_weighted(self.base, weights), self.searched, f"weights {_said(weights)}"))
+            )
+        corners = [point.evaluation for point in points if max(point.weights) == 1][::-1] if self.rule == "convex" else []
+        if not points:
+            points = [Point(self.base.config.weights, self._measure(self.base, self.searched, self.rule))]
+        if not corners:
+            corners = [self._measure(one, self.searched, f"parent {_label(i)}") for i, one in enumerate(self.alone)]
+        chosen = max(points, key=lambda point: (point.interval(on).mean, point.evaluation.max_reward.mean))
+        worth = [e.success.mean if on == "success" else e.max_reward.mean for e in corners]
+        policy = _weighted(self.base, chosen.weights) if weighted else self.base
+        return Found(policy, chosen, points, worth.index(max(worth)))
+
+    def test(self, found: Found, prediction: Prediction | None) -> Outcome:
+        """The chosen composition and everything that it must beat, on the test seeds."""
+        test = self._measure(found.policy, self.tested, "composition")
+        controls = []
+        for name, rival in self._rivals(found):
+            evaluation = self._measure(rival, self.tested, name)
+            controls.append(Control(name, evaluation, compare([evaluation, test]).pairs[0]))
+        return Outcome(
+            found.policy,
+            found.chosen,
+            found.points,
+            test,
+            controls,
+            _label(found.better),
+            prediction,
+            self.args.on,
+            self.names,
         )
 
-    def measure(policy: Policy, seeds: list[int], name: str) -> Evaluation:
+    def _rivals(self, found: Found) -> list[tuple[str, Policy]]:
+        base, count = self.base, len(self.parents)
+        rivals: list[tuple[str, Policy]] = [(f"parent {_label(i)}, same sampler", one) for i, one in enumerate(self.alone)]
+        for index, one in enumerate(self.parents):
+            if (one.config.sampler, one.config.path) != (base.config.sampler, base.config.path):
+                rivals.append((f"parent {_label(index)} as it came", one))
+        longer = longer_walk(self.alone[found.better], count)
+        if longer is not None:
+            rivals.append((f"parent {_label(found.better)}, {count}x the steps", longer))
+        if self.rule in ("and", "or"):
+            equal = base.varied(rule="convex", weights=[1 / count] * count, sampler=mean_sampler(base))
+            rivals.append(("mean, same stochastic sampler", equal))
+        elif len(set(found.chosen.weights)) > 1:
+            rivals.append(("equal weights", _weighted(base, (self.total / count,) * count)))
+        return rivals
+
+    def _measure(self, policy: Policy, seeds: list[int], name: str) -> Evaluation:
+        args = self.args
         return evaluate(
             policy,
-            spec,
+            self.spec,
             seeds,
             num_envs=args.num_envs,
             num_workers=args.workers,
             noise_seed=args.noise_seed,
             name=name,
         )
-
-    rule, total = base.config.rule, float(len(parents)) if base.config.rule == "product" else 1.0
-    grid = simplex(len(parents), args.points or (11 if len(parents) == 2 else 5)) if rule in ("convex", "product") else []
-    points = [
-        Point(weights, measure(_weighted(base, weights), searched, f"weights {_said(weights)}"))
-        for weights in (tuple(total * w for w in row) for row in grid)
-    ]
-    # Alone by the composition's own path and sampler (for and/or: by the stochastic one).
-    alone = [_alone(base, index) for index in range(len(parents))]
-    if points:
-        chosen = max(points, key=lambda p: (p.value(args.on), p.evaluation.max_reward.mean))
-        corners = [p.evaluation for p in points if max(p.weights) == total][::-1] if rule == "convex" else []
-    else:
-        chosen = Point(base.config.weights, measure(base, searched, rule))
-        points, corners = [chosen], []
-    if not corners:
-        corners = [measure(policy, searched, f"parent {_label(i)}") for i, policy in enumerate(alone)]
-    worth = [e.success.mean if args.on == "success" else e.max_reward.mean for e in corners]
-    better = worth.index(max(worth))
-    policy = _weighted(base, chosen.weights) if rule in ("convex", "product") else base
-    test = measure(policy, test_seeds, "composition")
-    rivals: list[tuple[str, Policy]] = [(f"parent {_label(i)}, same sampler", one) for i, one in enumerate(alone)]
-    rivals += [
-        (f"parent {_label(i)} as it came", one)
-        for i, one in enumerate(parents)
-        if one.config.sampler != base.config.sampler or one.config.path != base.config.path
-    ]
-    longer = longer_walk(alone[better], len(parents))
-    if longer is not None:
-        rivals.append((f"parent {_label(better)}, {len(parents)}x the steps", longer))
-    if rule in ("and", "or"):
-        control = compose(
-            list(base.policies), path=base.config.path, sampler=mean_sampler(base), n_action_steps=base.n_action_steps
-        )
-        rivals.append(("mean, same stochastic sampler", control))
-    elif len(set(chosen.weights)) > 1:
-        rivals.append(("equal weights", _weighted(base, (total / len(parents),) * len(parents))))
-    controls = []
-    for name, rival in rivals:
-        evaluation = measure(rival, test_seeds, name)
-        controls.append(Control(name, evaluation, compare([evaluation, test]).pairs[0]))
-    return Outcome(policy, chosen, points, test, controls, _label(better), prediction, args.on, names)
 
 
 def simplex(parents: int, points: int) -> list[tuple[float, ...]]:
