@@ -80,7 +80,7 @@ def test_no_output_breaks_a_limit_whatever_comes_in(setup: str, seed: int, ticks
     safety, judge, modes = torture(found, kinematics, where, ticks, seed)
     assert judge.broken == []
     assert min(judge.worst[name] for name in ("velocity", "acceleration", "jerk")) > 0.99, "the limits were never reached"
-    assert modes[Mode.RUNNING] > 0.4 * ticks, "nothing was tested while running"
+    assert modes[Mode.RUNNING] > 0.3 * ticks, "nothing was tested while running"
     assert {"stale", "time", "tracking", "position_limit", "workspace", "max_step", "estop", "stop"} <= set(safety.counters)
     assert len(safety.counters) > 12
 
@@ -159,6 +159,7 @@ def test_a_moving_target_with_its_velocity_is_followed_without_lag() -> None:
         ("state_not_finite", "shape (3,)", lambda now: {"state": np.zeros(3)}),
         ("stale", "state", lambda now: {"stamps": {"state": Stamp(now - 0.151)}}),
         ("stale", "state", lambda now: {"stamps": {"state": Stamp(now, now - 0.151)}}),
+        ("stale", "state", lambda now: {"stamps": {"state": Stamp(now - 0.151, now)}}),
         ("stale", "state", lambda now: {"stamps": {"state": Stamp(math.nan)}}),
         ("stale", "state", lambda now: {"stamps": {"state": Stamp(now, math.nan)}}),
         ("stale", "state", lambda now: {"stamps": {"state": Stamp(now + 0.2)}}),

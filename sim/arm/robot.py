@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from robopolicy.deploy.clock import Clock
+from robopolicy.deploy.safety import Stamp
+from robopolicy.errors import TaskError
+from robopolicy.robot import Sample, State
+from robopolicy.task import TaskSpec
 from sim.arm import model as arm
-from sim.arm.control import DOF
+from sim.arm.control import DOF, down_quat_wxyz
+from sim.arm.control import Kinematics as Inverse
+from sim.arm.task import ArmTask
 from sim.render import mujoco
 
 # From each joint's axis to each point, at most [m/rad]: what the links leave when the arm is bent at the worst.
@@ -47,3 +56,84 @@ class ArmKinematics:
         mujoco.mj_jacBody(self._model, self._data, self._jacobians[1], None, self._wrist)
         self._jacobians[:, :, DOF] = 0.0  # not the finger's
         return self._jacobians[:, :, : DOF + 1]
+
+
+class SimArm:
+    """A task of our arm as a :class:`robopolicy.robot.Robot`: physics keep up with a clock, real or fake.
+
+    Position targets take effect at once and are tracked by the joints' servos, as by a driver that streams positions. Physics is
+    stepped by whoever asks for the state, up to the clock's time; between two calls the arm moves on under its last targets.
+
+    Args:
+        task: Name or dotted path of a task of the arm, for example ``"lift"``.
+        clock: Physics follow it.
+        task_args: Of the task.
+
+    Attributes:
+        success: Whether the task's goal has been met since the last reset.
+
+    Raises:
+        TaskError: The task is not one of the arm.
+    """
+
+    names = (*arm.JOINT_NAMES, "gripper_width")
+
+    def __init__(self, task: str, clock: Clock, **task_args: Any) -> None:
+        made = TaskSpec(task, task_args).make()
+        if not isinstance(made, ArmTask):
+            raise TaskError(f"task '{task}' is not one of our arm; take reach, lift, stack or arm_pusht")
+        self.task, self._clock = made, clock
+        self.observation_features, self.action_feature = made.observation_features, made.action_feature
+        self.kinematics = ArmKinematics()
+        self._inverse = Inverse()
+        self._steps = self._held = 0
+        self.success = False
+
+    def reset(self, seed: int | None = None) -> None:
+        self.task.reset(seed=seed)
+        self._wanted = self.task.joint_set_point.copy()
+        self._begun, self._steps, self._held, self.success = self._clock.now(), 0, 0, False
+
+    def state(self) -> State:
+        self._keep_up()
+        positions = np.append(self.task._q, self.task.gripper_width)
+        return State(positions, Stamp(self._clock.now(), self._begun + self._steps * arm.TIMESTEP))
+
+    def observe(self) -> Sample:
+        self._keep_up()
+        return Sample(self.task._observe(), self._clock.now(), {})
+
+    def targets(self, action: np.ndarray) -> np.ndarray:
+        if self.task.control == "joint":
+            joints, width = action[:DOF], action[DOF] if len(action) > DOF else self.task.rest["gripper"]
+        else:
+            command = self.task._command
+            command[self.task._columns] = action
+            joints = self._inverse.inverse(self._wanted, command[:3], down_quat_wxyz(float(command[3])), iterations=1)
+            width = command[4]
+        self._wanted = joints
+        return np.append(joints, width)
+
+    def command(self, positions: np.ndarray) -> None:
+        self._keep_up()
+        data = self.task._data
+        data.act[:DOF], data.ctrl[:DOF], data.ctrl[DOF] = positions[:DOF], 0.0, positions[DOF]
+
+    def stop(self) -> None:
+        """The servos hold their last targets by themselves."""
+
+    def close(self) -> None:
+        self.task.close()
+
+    def _keep_up(self) -> None:
+        """Step to the clock's time, and look at the goal as often as the task does."""
+        due = int((self._clock.now() - self._begun) / arm.TIMESTEP + 1e-6)
+        every = round(1.0 / (self.task.rate * arm.TIMESTEP))
+        while self._steps < due:
+            steps = min(due, self._steps - self._steps % every + every) - self._steps
+            mujoco.mj_step(self.task._model, self.task._data, steps)
+            mujoco.mj_kinematics(self.task._model, self.task._data)  # mj_step leaves poses one physics step behind the joints
+            self._steps += steps
+            if self._steps % every == 0:
+                self._held = self._held + 1 if self.task._evaluate()[1] else 0
+                self.success |= self._held >= self.task.hold_steps

@@ -1,0 +1,87 @@
+"""Time: a clock that tests can fake, and deadlines that do not drift."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple, Protocol
+
+
+class Clock(Protocol):
+    """A monotonic clock in seconds."""
+
+    def now(self) -> float: ...
+
+    def sleep_until(self, time: float) -> None:
+        """Return at ``time``, or at once if it has passed."""
+        ...
+
+
+class SystemClock:
+    """The machine's monotonic clock. Sleeps once: spinning before a deadline makes things worse where cores are few."""
+
+    def now(self) -> float:
+        return time.monotonic_ns() * 1e-9
+
+    def sleep_until(self, time_: float) -> None:
+        left = time_ - self.now()
+        if left > 0:
+            time.sleep(left)
+
+
+class FakeClock:
+    """A clock that only moves when it is told to, or slept on.
+
+    Attributes:
+        time: What it shows [s]; may be set.
+    """
+
+    def __init__(self, start: float = 0.0) -> None:
+        self.time = start
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep_until(self, time: float) -> None:
+        self.time = max(self.time, time)
+
+
+class Tick(NamedTuple):
+    """One period of a loop.
+
+    Attributes:
+        number: Of the period since the start; jumps when periods were skipped.
+        deadline: When it should have begun [s].
+        start: When it did [s].
+        skipped: Whole periods that were lost before it.
+    """
+
+    number: int
+    deadline: float
+    start: float
+    skipped: int
+
+
+class Ticker:
+    """Periods at ``start + k * period``: absolute, so that being late once does not make the rest late.
+
+    A loop that is late by whole periods skips them: it never catches up with a burst of commands.
+    """
+
+    def __init__(self, clock: Clock, period: float, start: float | None = None) -> None:
+        self._clock, self.period = clock, period
+        self.begin = clock.now() if start is None else start
+        self._next = 0
+
+    def wait(self) -> Tick:
+        """Sleep until the next period begins."""
+        deadline = self.begin + self._next * self.period
+        self._clock.sleep_until(deadline)
+        now = self._clock.now()
+        skipped = 0
+        if now - deadline >= self.period:
+            skipped = int((now - deadline) / self.period)
+            self._next += skipped
+            deadline = self.begin + self._next * self.period
+        tick = Tick(self._next, deadline, now, skipped)
+        self._next += 1
+        return tick
