@@ -66,6 +66,49 @@ class TrainStep:
         self.optimizer.zero_grad()
 
 
+class Act:
+    """DiffusionPolicy from observations to a chunk, without its queues and normalisers: the least that it does.
+
+    Args:
+        request: ``state`` and ``environment``: entries of the observations; ``action``; ``down_dims``, ``time_dim``;
+            ``scheduler`` (``DDPM`` or ``DDIM``) and ``steps``.
+    """
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        from lerobot.configs.types import FeatureType, PolicyFeature
+        from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+        from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+        state, environment = request["state"], request["environment"]
+        config = DiffusionConfig(
+            input_features={
+                "observation.state": PolicyFeature(FeatureType.STATE, (state,)),
+                "observation.environment_state": PolicyFeature(FeatureType.ENV, (environment,)),
+            },
+            output_features={"action": PolicyFeature(FeatureType.ACTION, (request["action"],))},
+            n_obs_steps=2,
+            horizon=16,
+            n_action_steps=8,
+            crop_shape=None,
+            down_dims=tuple(request["down_dims"]),
+            diffusion_step_embed_dim=request["time_dim"],
+            noise_scheduler_type=request["scheduler"],
+            num_inference_steps=request["steps"],
+            device="cpu",
+            push_to_hub=False,
+        )
+        self.policy = DiffusionPolicy(config).eval()
+        self.parameters = sum(p.numel() for p in self.policy.parameters())
+        self.batch = {
+            "observation.state": torch.randn(1, 2, state),
+            "observation.environment_state": torch.randn(1, 2, environment),
+        }
+
+    @torch.no_grad()
+    def call(self) -> None:
+        self.policy.diffusion.generate_actions(self.batch)
+
+
 def write_dataset(frames: dict[str, np.ndarray], root: str, fps: int) -> None:
     """The frames as a LeRobotDataset v3; images, if there are any, as PNG (lossless, as in our store)."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -105,6 +148,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     trainer: TrainStep | None = None
+    actors: dict[str, Act] = {}
     datasets: dict[str, Any] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -122,6 +166,15 @@ def main() -> None:
             for _ in range(request["steps"]):
                 start = time.perf_counter(), time.process_time()
                 trainer.step(request["bf16"])
+                times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        elif request["verb"] == "act":
+            key = json.dumps({k: v for k, v in request.items() if k != "calls"}, sort_keys=True)
+            if key not in actors:
+                actors[key] = Act(request)
+            answer["parameters"] = actors[key].parameters
+            for _ in range(request["calls"]):
+                start = time.perf_counter(), time.process_time()
+                actors[key].call()
                 times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         elif request["verb"] == "write":
             write_dataset(dict(np.load(request["frames"])), request["root"], request["fps"])

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_compose import SUPERPOSE, A, B
+from test_compose import observations as composed_observations
 from test_policy import generators, observations, policy
 
 from robopolicy import cli
+from robopolicy.compose.policy import compose
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.export import export
-from robopolicy.deploy.exported import ExportedPolicy
+from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
 from robopolicy.deploy.manifest import file_digest, load_manifest
 from robopolicy.errors import CheckpointError, ConfigError, DataError
 from robopolicy.evaluate.run import evaluate
@@ -110,6 +113,27 @@ def test_other_runtimes_agree_too(case: str, backend: Any, tmp_path: Path) -> No
     assert_same(export(made, tmp_path / "export", backend), made, observations(2), range(2))
 
 
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [
+        ({"weights": [0.3, 0.7]}, "onnx"),
+        ({"weights": [0.3, 0.7], "path": {"type": "flow"}, "sampler": {"type": "euler", "num_steps": 2}}, "onnx"),
+        ({"rule": "product", "path": {"type": "flow"}, "sampler": {"type": "ddim", "num_steps": 6}}, "openvino"),
+    ],
+    ids=["diffusion leads", "flow leads", "product"],
+)
+def test_compositions_of_diffusion_and_flow_are_exported_whole(settings: Any, backend: Any, tmp_path: Path) -> None:
+    made = compose([A, B], **settings)
+    assert_same(export(made, tmp_path / "export", backend), made, composed_observations(3), range(3))
+
+
+def test_compositions_with_a_walk_of_their_own_are_refused(tmp_path: Path) -> None:
+    made = compose([A, B], rule="and", sampler={"type": SUPERPOSE, "mode": "and", "num_steps": 5})
+    with pytest.raises(ConfigError, match="walks in a way of its own"):
+        export(made, tmp_path / "export", "onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "torchscript"])
 def test_poses_relative_to_the_newest_observation_are_inside_the_graph(backend: Any, tmp_path: Path) -> None:
     made = pose_policy()
@@ -160,6 +184,15 @@ def test_one_generator_for_all_rows_and_numpys_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(exported.act(obs, torch.Generator().manual_seed(7)), expected, atol=1e-3)
     again = [exported.act(obs, np.random.default_rng(1)) for _ in range(2)]
     np.testing.assert_array_equal(*again)
+
+
+def test_the_planner_gives_every_row_from_now_on(tmp_path: Path) -> None:
+    made = policy(**CASES["one step"])
+    planner = ExportedPlanner(export(made, tmp_path / "export", "onnx"))
+    obs = observations(2)
+    plan = planner.plan(obs, None, 0, torch.Generator().manual_seed(0))
+    assert plan.shape == (2, planner.rows, 2) == (2, made.horizon - made.n_obs_steps + 1, 2)
+    np.testing.assert_allclose(plan[:, :4], made.act(obs, torch.Generator().manual_seed(0)), atol=1e-3)
 
 
 def test_bad_observations_are_refused_as_the_checkpoint_refuses_them(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -181,7 +181,21 @@ def _along(velocity: np.ndarray, x: np.ndarray, step: Step) -> _Pred:
     return _Pred((x - sigma * velocity) * scale, (x + alpha * velocity) * scale)
 
 
-def task_of(policy: ExportedPolicy) -> dict[str, Any]:
-    """The task that the checkpoint was trained for: ``name`` and ``args``; empty when it did not say."""
-    task = policy.manifest.checkpoint.get("provenance", {}).get("task")
-    return dict(task) if isinstance(task, dict) else {}
+class ExportedPlanner:
+    """Plans of an export, for the engine: each a sample of the policy that does not know of the plan before.
+
+    Attributes:
+        rows: Rows of its chunks.
+    """
+
+    def __init__(self, policy: ExportedPolicy) -> None:
+        self.policy = policy
+        self.rows: int = policy.manifest.rows
+
+    def plan(self, obs: Arrays, previous: object, delay: int, generator: torch.Generator | np.random.Generator) -> np.ndarray:
+        """The next chunks ``[B, rows, A]`` float32 in the action's units; ``previous`` and ``delay`` make no difference."""
+        inputs = self.policy.observe(obs)
+        return self.policy.chunk(inputs, self.policy.noise(len(next(iter(inputs.values()))), generator))
+
+    def reset(self) -> None:
+        """Nothing to forget."""

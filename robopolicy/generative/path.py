@@ -217,7 +217,7 @@ class VPCosine(Path):
         level = noise_level.double()
         table = self._log_level(level.device)
         log_level = level.log()
-        low = (torch.searchsorted(table, log_level.contiguous(), right=True) - 1).clamp(0, self.num_steps - 2)
+        low = ((table <= log_level[..., None]).sum(-1) - 1).clamp(0, self.num_steps - 2)  # searchsorted, for exported graphs too
         index = low + (log_level - table[low]) / (table[low + 1] - table[low])
         first = level / table[0].exp() - 1  # the linear piece between t = 0 and the first point
         return ((torch.where(log_level < table[0], first, index) + 1) / self.num_steps).clamp(0, 1)
