@@ -45,9 +45,10 @@ METHODS: Mapping[str, Method] = {
     "RTC": Method("policy", *MODES["rtc"], "#1f77b4 o"),
     "RTC, identity Jacobian": Method("policy", *MODES["rtc_identity"], "#aec7e8 ^"),
     "training-time RTC": Method("prefix", *MODES["rtc_trained"], "#17becf P"),
-    "real-time iteration": Method("policy", {"type": "rti", "t_start": 0.5}, "latest", "#2ca02c o"),
+    "real-time iteration": Method("policy", *MODES["rti"], "#2ca02c o"),
     "one-step head": Method("head", *MODES["latest"], "#bcbd22 x"),
     "one-step head, RTC": Method("head", *MODES["rtc"], "#8c564b x"),
+    "one-step head, one step of RTI": Method("head", {"type": "rti", "steps": 1}, "latest", "#ff7f0e x"),
 }
 
 
@@ -72,7 +73,7 @@ def run_cell(policy: Policy, spec: TaskSpec, method: Method, delay: int, seeds: 
     return {
         "task": spec.name,
         "delay": delay,
-        "episodes": len(evaluation.episodes),
+        "n": len(evaluation.episodes),
         "first_seed": seeds.start,
         "success": evaluation.success._asdict(),
         "max_reward": evaluation.max_reward._asdict(),
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 def line(cell: Mapping[str, Any]) -> str:
     s, r = cell["success"], cell["realtime"]
     return (
-        f"{cell['method']:24s} d={cell['delay']}  success {s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}] n={cell['episodes']}"
+        f"{cell['method']:24s} d={cell['delay']}  success {s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}] n={cell['n']}"
         f"  jump p95 {r['jump_p95']:.3g}  jerk {r['jerk']:.3g}  calls {r['calls']:.2f}  starved {r['starved']:.2f}"
         f"  s={r['replan']}  cpu {cell['cpu_seconds']:.0f} s"
     )
@@ -181,9 +182,7 @@ def main() -> None:
     runs.add_argument("--prefix", help="one trained with policy.loss.prefix")
     runs.add_argument("--head", help="one of one step")
     runs.add_argument("--delays", type=int, nargs="+", default=list(range(9)))
-    runs.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all with a checkpoint"
-    )
+    runs.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all with a checkpoint")
     runs.add_argument("--episodes", type=int, default=400)
     runs.add_argument("--costly-episodes", type=int, help="of temporal ensembling and BID")
     runs.add_argument("--num-envs", type=int, default=100)

@@ -133,9 +133,7 @@ def test_a_one_step_policy_finds_the_noise_of_what_is_carried_out() -> None:
     before = Previous(target, np.array([8, 8, 8]))
 
     def distance(setting: dict[str, Any]) -> float:
-        planned = make_planner({"type": "rtc", "schedule": "ones", "prior": 0.001, **setting}, made).plan(
-            seen(), before, 4, generators()
-        )
+        planned = make_planner({"type": "rtc", "schedule": "ones", **setting}, made).plan(seen(), before, 4, generators())
         return float(np.square(planned - target).mean())
 
     one = distance({"candidates": 1, "iterations": 0})

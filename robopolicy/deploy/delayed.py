@@ -40,7 +40,7 @@ MODES: Mapping[str, tuple[Setting, Setting]] = {
     "latest": ("plain", "latest"),
     "ensemble": ("plain", "ensemble"),
     "rtc": ("rtc", "latest"),
-    "rtc_identity": ({"type": "rtc", "jacobian": "identity", "schedule": "linear", "limit": 10.0}, "latest"),  # as lerobot has it
+    "rtc_identity": ({"type": "rtc", "jacobian": "identity"}, "latest"),
     "rtc_trained": ("rtc_trained", "latest"),
     "rti": ("rti", "latest"),
     "streaming": ("streaming", "latest"),

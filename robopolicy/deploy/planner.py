@@ -148,9 +148,9 @@ class RTC(Planner):
     """Real-time chunking by guidance (arXiv 2506.07339), for policies as they are.
 
     A policy of several steps is guided in every step. A policy of ONE step has no later step in which the network could answer
-    to the correction, and a corrected output may lie off the data. There the initial noise is moved instead: from the best of
-    ``candidates`` draws, ``iterations`` steps ``z += eta (J^T W (chunk - x0(z)) - prior z)``, ``eta`` by a line search that costs
-    one call. What comes out is always something that the policy may do.
+    to the correction, and a corrected output may lie off the data. There the initial noise is chosen instead: the best of
+    ``candidates`` draws, then ``iterations`` steps ``z += eta J^T W (chunk - x0(z))`` at constant norm, so that the noise stays
+    as likely as it was, ``eta`` by a line search that costs one call. What comes out is something that the policy may do.
     """
 
     class Config(Config):
@@ -159,8 +159,7 @@ class RTC(Planner):
         limit: float = pydantic.Field(default=5.0, gt=0)
         end: int | None = pydantic.Field(default=None, ge=1)  # row from which on nothing is guided; None: where the old one ends
         candidates: int = pydantic.Field(default=8, ge=1)  # of one-step policies
-        iterations: int = pydantic.Field(default=2, ge=0)  # of one-step policies
-        prior: float = pydantic.Field(default=0.02, ge=0)  # of one-step policies: how much the noise shall stay likely
+        iterations: int = pydantic.Field(default=0, ge=0)  # of one-step policies: gradient steps on the noise
 
     def __init__(self, policy: Policy, config: RTC.Config | None = None) -> None:
         super().__init__(policy)
@@ -201,12 +200,12 @@ class RTC(Planner):
         ones = torch.ones(len(ctx), device=z.device, dtype=z.dtype)
         for _ in range(self.config.iterations):
             seen, gradient = residual_gradient(self._onward, z, ones, ctx, old.chunk, weights)
-            gradient = gradient - self.config.prior * z
             ahead = self._sample(self.policy.field, ctx, z + 0.1 * gradient, generator)
             change = 10 * (ahead - seen.x0)  # J gradient
-            curvature = (weights * change.square()).sum((1, 2)) + self.config.prior * gradient.square().sum((1, 2))
+            curvature = (weights * change.square()).sum((1, 2))
             eta = gradient.square().sum((1, 2)) / curvature.clamp_min(1e-9)
             moved = z + eta.clamp_max(3.0)[:, None, None] * gradient
+            moved = moved * (z.square().sum((1, 2)) / moved.square().sum((1, 2))).sqrt()[:, None, None]  # as likely as it was
             sample = self._sample(self.policy.field, ctx, moved, generator)
             better = (cost(sample) < best)[:, None, None]
             z, chunk = torch.where(better, moved, z), torch.where(better, sample, chunk)
@@ -244,9 +243,9 @@ class RTI(Planner):
     """
 
     class Config(Config):
-        t_start: float = pydantic.Field(default=0.4, gt=0, le=1)
+        t_start: float = pydantic.Field(default=0.7, gt=0, le=1)
         steps: int = pydantic.Field(default=3, ge=1)
-        noise: float = pydantic.Field(default=1.0, ge=0, le=1)  # added to the guess, as a share of what is usual at t_start
+        noise: float = pydantic.Field(default=0.7, ge=0, le=1)  # added to the guess, as a share of what is usual at t_start
         t_change: float = pydantic.Field(default=0.0, ge=0)  # time per unit of change
         quiet: float = pydantic.Field(default=0.1, ge=0)
         columns: tuple[int, ...] = ()  # of the network's action: those that are discrete, a gripper
