@@ -125,7 +125,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         line = f"  {row['name']:<36}" + "".join(f"{wall[key]:9.3f}" for key in ("p50", "p95", "p99", "max"))
         line += f"{row['cpu']['p50']:9.3f} {wall['n']:6d}"
         for key, ratios in row.items():
-            if key.startswith("times "):
+            if key.startswith("times ") and not row["name"].startswith("lerobot"):
                 median, low, high = ratios["cpu"]
                 line += f"   {key.removeprefix('times ')} x{median:.1f} [{low:.1f}, {high:.1f}]"
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""``robopolicy bench``: how long a policy takes from observation to action, percentile by percentile."""
+"""``robopolicy bench``: how long a policy takes from observation to action, and how a control loop keeps its time around it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ examples:
   robopolicy bench latency outputs/pusht_flow --backend torch onnx openvino
   robopolicy bench latency outputs/pusht_flow --backend onnx --steps 1 2 4 10 --calls 5000
   robopolicy bench latency outputs/pusht_flow/export/onnx --load 2      # beside two processes that compute
-  robopolicy bench latency outputs/pusht_flow --backend onnx --rate 10  # a call every 100 ms, as a robot makes them"""
+  robopolicy bench latency outputs/pusht_flow --backend onnx --rate 10  # a call every 100 ms, as a robot makes them
+  robopolicy bench loop outputs/lift_flow --rate 250 --seconds 20       # the control loop of our arm around the policy"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +49,67 @@ def configure(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--rate", type=float, metavar="HZ", help="start calls at this rate (default: one after the other)")
     latency.add_argument("--load", type=int, default=0, metavar="N", help="busy processes beside it (default 0)")
     latency.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/bench/latency)")
+    loop = kinds.add_parser(
+        "loop",
+        help="the control loop in real time",
+        description="Observe, infer, execute and filter on the machine's clock: deadlines missed, lateness, age of information.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    loop.add_argument("policy", metavar="CKPT|EXPORT", help="as above, for a task with a robot")
+    loop.add_argument("--task", help="task the robot is set in (default: the one the policy was trained for)")
+    loop.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
+    loop.add_argument("--robot", default="sim.arm.robot:SimArm", metavar="CLASS", help="(default sim.arm.robot:SimArm)")
+    loop.add_argument("--limits", default="arm", metavar="NAME|FILE", help="of the safety filter (default arm)")
+    loop.add_argument("--planner", default="plain", help="plain, rtc, rti, ... (default plain)")
+    loop.add_argument("--executor", default="latest", help="latest, ensemble or receding (default latest)")
+    loop.add_argument("--rate", type=float, default=250.0, metavar="HZ", help="of the loop (default 250)")
+    loop.add_argument("--seconds", type=float, default=20.0, help="how long (default 20)")
+    loop.add_argument("--seed", type=int, default=100_000, help="of the episode and of the noise (default 100000)")
+    loop.add_argument("--load", type=int, default=0, metavar="N", help="busy processes beside it (default 0)")
+    loop.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/bench/loop)")
+    loop.set_defaults(steps=None, device="cpu", threads=1)
 
 
 def run(args: argparse.Namespace) -> int:
+    return _latency(args) if args.kind == "latency" else _loop(args)
+
+
+def _loop(args: argparse.Namespace) -> int:
+    import torch
+
+    from robopolicy.bench.loop import rows_of, run_loop
+    from robopolicy.bench.machine import busy, machine, runtime_versions
+    from robopolicy.bench.report import COLUMNS, write_loop
+    from robopolicy.deploy.exported import ExportedPolicy
+    from robopolicy.evaluate.commands import load
+    from robopolicy.policy import Policy
+
+    torch.set_num_threads(1)
+    policy, task = load(args.policy, args)
+    assert isinstance(policy, Policy | ExportedPolicy)
+    started = machine()
+    with busy(args.load):
+        names = ("robot", "limits", "planner", "executor", "rate", "seconds", "seed")
+        report, lateness = run_loop(policy, task, **{name: getattr(args, name) for name in names})
+    ended = machine()
+    print(f"{'ms':<10}" + "".join(f"{column:>10}" for column in COLUMNS))
+    for name, figures in rows_of(report):
+        print(f"{name:<10}" + "".join(f"{figures[column]:>10.3f}" for column in COLUMNS))
+    engine = ", ".join(f"{value} {name}" for name, value in report["engine"].items())
+    print(f"missed       {report['missed']:.2%} of {report['ticks']} periods; {report['skipped']} skipped; engine: {engine}")
+    print(f"starved      {report['starved']:.2%} of periods")
+    print(f"jump         p95 {report['boundary_jump']['p95']:.3g} between plans, in the action's units")
+    print(f"load         {started['load'][0]} at start, {ended['load'][0]} at end")
+    settings = {"policy": args.policy, "task": task.name, **{name: getattr(args, name) for name in names}}
+    settings["busy processes"] = args.load
+    document = {"settings": settings, "started": started, "ended": ended, "runtimes": runtime_versions()}
+    folder = args.out or Path(args.policy) / "bench" / "loop"
+    print(f"report       {write_loop(folder, f'Control loop of {args.policy}', report, lateness, document)}")
+    return 0
+
+
+def _latency(args: argparse.Namespace) -> int:
     import tempfile
     import time
 

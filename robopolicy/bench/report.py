@@ -38,24 +38,24 @@ def print_table(results: Mapping[str, Samples]) -> None:
         print(f"{label:<{width}}  {part:<8}" + "".join(f"{figures[column]:>10.3f}" for column in COLUMNS))
 
 
-def plot(results: Mapping[str, Samples], deadline: float | None = None) -> bytes:
-    """PNG of the histograms of the whole way, on a common logarithmic axis; ``deadline`` [s] is a line."""
+def plot(samples: Mapping[str, np.ndarray], label: str, deadline: float | None = None) -> bytes:
+    """PNG of the histograms of several samples [s], on a common logarithmic axis; ``deadline`` [s] is a line."""
     from matplotlib.figure import Figure
 
-    wholes = {name: 1e3 * samples["whole"] for name, samples in results.items()}
-    low, high = min(values.min() for values in wholes.values()), max(values.max() for values in wholes.values())
-    figure = Figure(figsize=(7.2, 1.2 + 1.3 * len(wholes)), dpi=110, layout="constrained")
-    axes = np.atleast_1d(np.asarray(figure.subplots(len(wholes), 1, sharex=True)))
-    for ax, (name, values) in zip(axes, wholes.items(), strict=True):
+    shown = {name: 1e3 * values for name, values in samples.items()}
+    low, high = min(values.min() for values in shown.values()), max(values.max() for values in shown.values())
+    figure = Figure(figsize=(7.2, 1.2 + 1.3 * len(shown)), dpi=110, layout="constrained")
+    axes = np.atleast_1d(np.asarray(figure.subplots(len(shown), 1, sharex=True)))
+    for ax, (name, values) in zip(axes, shown.items(), strict=True):
         found = histogram(values, low=low, high=high)
         ax.stairs(found.counts, found.edges, fill=True, alpha=0.75)
         for key, style in (("p50", "-"), ("p99", "--")):
             ax.axvline(summarize(values).percentiles[key], color="black", linestyle=style, linewidth=0.9)
         if deadline is not None and 1e3 * deadline <= 3 * high:
             ax.axvline(1e3 * deadline, color="tab:red", linewidth=1.2)
-        ax.set(xscale="log", yscale="symlog", ylabel="calls")
+        ax.set(xscale="log", yscale="symlog", ylabel="count")
         ax.set_title(name, fontsize=9, loc="left")
-    axes[-1].set_xlabel("observation to action [ms]; solid p50, dashed p99" + ("" if deadline is None else ", red the deadline"))
+    axes[-1].set_xlabel(f"{label} [ms]; solid p50, dashed p99" + ("" if deadline is None else ", red the deadline"))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -72,7 +72,7 @@ def write(
         figures.setdefault(name, {})[part] = values
     samples = {name: [round(1e3 * s, 5) for s in parts["whole"].tolist()] for name, parts in results.items()}
     write_json(folder / "latency.json", {**document, "milliseconds": figures, "whole_ms": samples})
-    png = plot(results, deadline)
+    png = plot({name: parts["whole"] for name, parts in results.items()}, "from observation to action", deadline)
     (folder / "latency.png").write_bytes(png)
     head = "".join(f'<th class="n">{column}</th>' for column in COLUMNS)
     body = "".join(
@@ -81,8 +81,6 @@ def write(
         + "</tr>"
         for name, part, values in rows
     )
-    picture = f'<img style="max-width:100%" alt="histograms" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    facts = "".join(f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in _facts(document))
     calls = min(len(parts["whole"]) for parts in results.values())
     note = (
         f"Milliseconds, {calls} calls each after warm-ups, taking turns. 'whole' is from observations to actions in their units, "
@@ -96,12 +94,52 @@ def write(
         ),
         Section(
             "Distribution",
-            Markup(picture),
+            _image(png),
             "Logarithmic both ways: the tail is what breaks a control loop, and the mean hides it.",
         ),
-        Section("Conditions", Markup(f'<div class="wide"><table>{facts}</table></div>')),
+        _conditions(document),
     ]
     return write_report(folder / "report.html", title=title, evaluation=[], extra=sections)
+
+
+def write_loop(folder: Path, title: str, report: Mapping[str, Any], lateness: np.ndarray, document: Mapping[str, Any]) -> Path:
+    """Write ``loop.json``, ``loop.png`` (lateness of every period) and ``report.html``. Returns the path of the last."""
+    from robopolicy.bench.loop import rows_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "loop.json", _finite({"schema_version": 1, **document, "report": report}))
+    png = plot({"start of every period": np.maximum(lateness, 1e-6)}, "late")
+    (folder / "loop.png").write_bytes(png)
+    head = "".join(f'<th class="n">{column}</th>' for column in COLUMNS)
+    body = "".join(
+        f"<tr><td>{name}</td>" + "".join(f'<td class="n">{figures[column]:.3f}</td>' for column in COLUMNS) + "</tr>"
+        for name, figures in rows_of(report)
+    )
+    others = {k: v for k, v in report.items() if not k.endswith("_ms")}
+    rest = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in others.items())
+    sections = [
+        Section("Timing [ms]", Markup(f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>')),
+        Section("Distribution", _image(png)),
+        Section("Periods, plans, smoothness", Markup(f'<div class="wide"><table>{rest}</table></div>')),
+        _conditions(document),
+    ]
+    return write_report(folder / "report.html", title=title, evaluation=[], extra=sections)
+
+
+def _finite(value: Any) -> Any:
+    """With None for what is not a number: percentiles of nothing."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _image(png: bytes) -> Markup:
+    return Markup(f'<img style="max-width:100%" alt="histograms" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+
+
+def _conditions(document: Mapping[str, Any]) -> Section:
+    facts = "".join(f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in _facts(document))
+    return Section("Conditions", Markup(f'<div class="wide"><table>{facts}</table></div>'))
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, Any]]:

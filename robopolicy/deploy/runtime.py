@@ -7,6 +7,7 @@ waits: a robot's computer has a control loop to serve beside the network.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +76,9 @@ def _open_openvino(path: Path, threads: int) -> Run:
 def _open_torchscript(path: Path, threads: int) -> Run:
     torch = _import("torch")
     torch.set_num_threads(threads)  # torch has one setting for the whole process
-    module = torch.jit.load(str(path)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is: there is no successor that other languages load
+        module = torch.jit.load(str(path)).eval()
 
     def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         with torch.inference_mode():
