@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def act(policy: Policy, steps: int = 2) -> np.ndarray:
 
 A = parent(1, (POSITION,), **VP)
 B = parent(2, (SPEED, POSITION), **FLOW)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 # ---- what it computes ------------------------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def test_a_network_of_the_composition_is_what_losses_may_ask_for() -> None:
         both = compose([A, B], path=path)
         obs = both.observe(observations())
         ctx, x = both.encode(obs), torch.randn(3, 6, 2)
-        for t in (torch.tensor([0.2, 0.5, 0.9]), torch.rand(3, 6) * 0.8 + 0.1):
+        for t in (torch.tensor([0.3, 0.5, 0.9]), torch.rand(3, 6) * 0.6 + 0.3):  # EDM has no noise to speak of below .22
             y = both.denoise(*both.path.net_input(x, t), ctx)
             found = both.path.predict(x, t, y, both.config.prediction)
             torch.testing.assert_close(found.x0, both.field(x, t, ctx).x0, rtol=1e-2, atol=5e-3)
@@ -185,6 +193,25 @@ def test_a_common_factor_between_normalisers_is_exact() -> None:
     want = mean + a * s**2 / (a**2 * s**2 + b**2) * (x - a * mean)
     torch.testing.assert_close(found.x0, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.eps, (x - a * want) / b, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scales_by_row_go_with_the_longest_parent() -> None:
+    def by_row(seed: int, horizon: int, first: float) -> Policy:
+        made = parent(seed, horizon=horizon)
+        scale = torch.linspace(first, first + 0.01 * (horizon - 1), horizon).repeat_interleave(2)
+        config = parse(PolicyConfig, {**made.config.model_dump(mode="json"), "normalize_per_step": True})
+        normalizers = {"position": made.normalizer("position"), "action": Normalizer(2 * horizon, "meanstd")}
+        normalizers["action"].scale.copy_(scale)
+        return Policy(config, made.observation_features, ACTION, normalizers).eval()
+
+    long, short = by_row(1, 9, 0.5), by_row(2, 6, 0.5)
+    both = compose([short, long])
+    assert both.reference == 1
+    assert act(both).shape == (3, 3, 2)
+    with pytest.raises(ConfigError, match="renormalize"):
+        compose([long, by_row(2, 6, 0.52)])
+    assert np.isfinite(act(compose([parent(3, scale=(0.5, 0.5), horizon=6), long], renormalize=True))).all()
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ LINEAR = [torch.nn.Linear(3, 3) for _ in range(2)]
 PARENTS = {"flow": LinearFlow(), "vp": VPCosine()}
 PATHS = [VPCosine(), LinearFlow(), EDM()]
 CTX = torch.zeros(1, 0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def leaf(index: int, name: str) -> Leaf:

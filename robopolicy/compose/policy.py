@@ -7,6 +7,7 @@ composed policy is a :class:`robopolicy.policy.Policy`: saved, loaded, evaluated
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -14,14 +15,15 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from robopolicy.compose.mixture import Map, Mixture, adapted
 from robopolicy.compose.superpose import SUPERPOSE, Superpose
 from robopolicy.config import component, parse
 from robopolicy.data.actions import ActionTransform
 from robopolicy.data.normalize import Normalizer
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.features import Feature
-from robopolicy.generative.fields import Convex, Field, OnPath, OnRows, Product, Switched
-from robopolicy.generative.path import PATHS, Path, Pred, broadcast_time
+from robopolicy.generative.fields import Field, Switched
+from robopolicy.generative.path import PATHS, Path, Pred
 from robopolicy.generative.sampler import SAMPLERS, randn
 from robopolicy.policy import Policy, PolicyConfig, build_policy
 
@@ -97,14 +99,14 @@ class Composed(Policy):
             own.append(copy.deepcopy(parent) if any(parent is other for other in own) else parent)
         self.parents = nn.ModuleList(own)
         self.rows = [_rows(parent, config) for parent in own]
+        self.reference = _reference(own, self.rows, config.horizon)  # the parent whose action normaliser is ours
         self._check_actions()
         self.ctx_dim = sum(parent.ctx_dim for parent in own)
-        self._mixture = _Mixture(self, own)
+        self._mixture = self._mix(own)
         self.leaf: Field = self._mixture
         if config.frozen_above is not None:
             self.frozen = nn.ModuleList(copy.deepcopy(own)).requires_grad_(False)
-            early = _Mixture(self, cast("list[Policy]", list(self.frozen)))
-            self.leaf = Switched(self.leaf, early, config.frozen_above)
+            self.leaf = Switched(self.leaf, self._mix(cast("list[Policy]", list(self.frozen))), config.frozen_above)
 
     @property
     def policies(self) -> list[Policy]:
@@ -128,7 +130,7 @@ class Composed(Policy):
 
     def normalizer(self, name: str) -> Normalizer:
         if name == "action":
-            return self.policies[_reference(self.policies, self.rows, self.config.horizon)].normalizer("action")
+            return self.policies[self.reference].normalizer("action")
         return next(parent for parent in self.policies if name in parent.observation_features).normalizer(name)
 
     def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
@@ -193,113 +195,56 @@ class Composed(Policy):
                         f"parents 0 and {index} differ in their {what}: {ours} and {theirs}; only policies that command the same "
                         "can be composed, train one again"
                     )
-        reference = _reference(self.policies, self.rows, self.config.horizon)
         for index in range(len(self.policies)):
-            (scale, offset), (own_scale, own_offset) = self.maps(reference, index)
-            close = torch.isclose(scale, own_scale, rtol=1e-6, atol=0) & torch.isclose(offset, own_offset, rtol=1e-6, atol=1e-6)
-            if close.all():
+            k, m = self.action_map(index)
+            if torch.allclose(k, torch.ones_like(k), rtol=1e-6, atol=0) and torch.allclose(m, torch.zeros_like(m), atol=1e-6):
                 continue
-            ratio = own_scale / scale
-            spread = float(ratio.max() / ratio.min())
+            who = f"parents {self.reference} and {index}"
             if not self.config.renormalize:
                 raise ConfigError(
-                    f"parents {reference} and {index} normalise actions differently (scales differ by up to "
-                    f"{float((ratio - 1).abs().max()):.1%}); train both on the same demonstrations, or allow it with "
-                    "renormalize=true"
+                    f"{who} normalise actions differently (by factors up to {float((k - 1).abs().max()):.1%} and offsets up to "
+                    f"{float(m.abs().max()):.3g} off); train both on the same demonstrations, or allow it with renormalize=true"
                 )
+            spread = float(k.max() / k.min())
             if spread > _SPREAD:
                 raise ConfigError(
-                    f"parents {reference} and {index} scale the entries of an action by ratios {spread:.3g} apart: noise that is "
-                    f"the same in all entries for one is not for the other (at most {_SPREAD} can be made up for); train both on "
-                    "the same demonstrations"
+                    f"{who} scale the entries of an action by ratios {spread:.3g} apart: noise that is the same in all entries "
+                    f"for one is not for the other (at most {_SPREAD} can be made up for); train both on the same demonstrations"
                 )
 
-    def maps(self, reference: int, index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Scale and offset ``[rows or 1, A]`` of two parents' action normalisers, over the rows that both have."""
-        low = max(self.rows[reference].start, self.rows[index].start)
-        high = min(self.rows[reference].stop, self.rows[index].stop)
-        found = []
-        for which in (reference, index):
-            parent, start = self.policies[which], self.rows[which].start
-            normalizer, dim = parent.normalizer("action"), self.action_transform.dim
-            pair = [value.reshape(-1, dim) for value in (normalizer.scale, normalizer.offset)]
-            found.append([value if len(value) == 1 else value[low - start : high - start] for value in pair])
-        return cast("tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]", tuple(tuple(pair) for pair in found))
+    def action_map(self, index: int) -> Map:
+        """From normalised actions of the composition to those of a parent, for the parent's rows."""
+        scales = []
+        for policy, start in ((self.policies[self.reference], 0), (self.policies[index], self.rows[index].start)):
+            normalizer = policy.normalizer("action")
+            pair = [value.reshape(-1, self.action_transform.dim) for value in (normalizer.scale, normalizer.offset)]
+            rows = slice(self.rows[index].start - start, self.rows[index].stop - start)
+            scales.append([value if len(value) == 1 else value[rows] for value in pair])
+        (scale, offset), (own_scale, own_offset) = scales
+        k = own_scale / scale
+        return Map(k, own_offset - k * offset)
 
-
-class _Mixture:
-    """The parents' fields, mixed by the rule of a composed policy, and (:meth:`each`) one by one."""
-
-    def __init__(self, policy: Composed, parents: Sequence[Policy]) -> None:
-        config, reference = policy.config, _reference(parents, policy.rows, policy.config.horizon)
-        self.fields: list[Field] = []
-        at = 0
-        for index, (parent, rows) in enumerate(zip(parents, policy.rows, strict=True)):
-            field: Field = parent.field
-            if config.renormalize and index != reference:
-                field = _Renormalized(field, parent.path, policy, reference, index)
-            elif parent.config.path != config.path:
-                field = OnPath(field, parent.path, policy.path)
-            self.fields.append(OnRows(field, slice(at, at + parent.ctx_dim), rows))
+    def _mix(self, parents: Sequence[Policy]) -> Mixture:
+        config, at = self.config, 0
+        fields = []
+        for index, (parent, rows) in enumerate(zip(parents, self.rows, strict=True)):
+            fields.append(
+                adapted(
+                    parent.field,
+                    parent.path,
+                    self.path,
+                    slice(at, at + parent.ctx_dim),
+                    rows,
+                    same_path=parent.config.path == config.path,
+                    action_map=functools.partial(self.action_map, index)
+                    if config.renormalize and index != self.reference
+                    else None,
+                )
+            )
             at += parent.ctx_dim
-        have = torch.zeros(len(parents), config.horizon, dtype=torch.float64)
-        for index, rows in enumerate(policy.rows):
-            have[index, rows] = 1
-        self.alone = have / have.sum(0)  # where not all have a row: the mean of those that do
-        weights = torch.tensor(config.weights if config.rule in ("convex", "product") else [1.0] * len(parents))[:, None].double()
-        shared = have.bool().all(0)
-        if config.rule == "product":
-            partial = have * weights / (have * weights).sum(0).clamp_min(1e-12)
-            mixed = torch.where(shared, weights, torch.where((have * weights).sum(0) > 0, partial, self.alone))
-            self.mixed: Field = Product(self.fields, mixed, policy.path, config.prior_std)
-            return
-        if config.rule in ("and", "or"):  # what the sampler does not ask for: fields that are asked for elsewhere are the mean
-            weights = weights / len(parents)
-        elif abs(float(weights.sum()) - 1) > 1e-6 or float(weights.min()) < 0:
-            raise ConfigError(f"weights {list(config.weights)}: rule convex needs one each, none negative, with sum 1")
-        total = (have * weights).sum(0)
-        share = torch.where(total > 0, have * weights / total.clamp_min(1e-12), self.alone)
-        self.mixed = Convex(self.fields, torch.where(shared, weights, share))
-
-    def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
-        return self.mixed(x, t, ctx)
-
-    def each(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> list[Pred]:
-        """What every parent sees; of rows that it does not have, it says what those say that do."""
-        seen = [field(x, t, ctx) for field in self.fields]
-        alone = self.alone.to(x.device, x.dtype)[:, None, :, None]
-        if bool((alone == alone[0, 0, 0, 0]).all()):
-            return seen
-        mean = Pred(*((alone * torch.stack(part)).sum(0) for part in zip(*seen, strict=True)))
-        return [
-            Pred(torch.where(own > 0, pred.x0, mean.x0), torch.where(own > 0, pred.eps, mean.eps))
-            for own, pred in zip(alone, seen, strict=True)
-        ]
-
-
-class _Renormalized:
-    """A parent whose normaliser differs: ``x0_own = k x0 + m`` per entry.
-
-    A state ``x = alpha x0 + sigma eps`` becomes ``k x + alpha m = alpha x0_own + (k sigma) eps``: of the same action, with unit
-    noise still, but noisier by ``k``. Where ``k`` is the same in all entries that is exactly the parent's state at noise level
-    ``k sigma / alpha``; else their geometric mean stands for all (they may be 25 % apart, which misstates a level by 12 %).
-    """
-
-    def __init__(self, field: Field, own: Path, policy: Composed, reference: int, index: int) -> None:
-        self.field, self.own, self.policy, self.reference, self.index = field, own, policy, reference, index
-
-    def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
-        (scale, offset), (own_scale, own_offset) = self.policy.maps(self.reference, self.index)
-        k = own_scale / scale  # read on each call: a checkpoint's normalisers are loaded after it was built
-        m = (own_offset - k * offset).to(x.dtype)
-        level = float(k.double().log().mean().exp())
-        k = k.to(x.dtype)
-        alpha, sigma = self.policy.path.coefficients(t)
-        own_t = self.own.t_of(level * sigma / alpha)
-        own_alpha, own_sigma = self.own.coefficients(own_t)
-        factor = broadcast_time((own_alpha + own_sigma) / (alpha + level * sigma), x)
-        pred = self.field((k * x + broadcast_time(alpha, x) * m) * factor, own_t, ctx)
-        return Pred((pred.x0 - m) / k, pred.eps * (level / k))
+        # A superposition finds its weights while sampling; asked for as a field, it is the mean.
+        weights = config.weights if config.rule in ("convex", "product") else [1 / len(parents)] * len(parents)
+        return Mixture(fields, self.rows, config.horizon, config.rule, weights, self.path, config.prior_std)
 
 
 def compose(
@@ -373,7 +318,7 @@ def _rows(parent: Policy, config: PolicyConfig) -> slice:
 
 
 def _reference(parents: Sequence[Policy], rows: Sequence[slice], horizon: int) -> int:
-    """The parent whose action normaliser is the composed policy's: the first whose normaliser knows every row."""
+    """The first parent whose action normaliser knows every row. Raises ConfigError."""
     for index, (parent, own) in enumerate(zip(parents, rows, strict=True)):
         if not parent.config.normalize_per_step or own == slice(0, horizon):
             return index
