@@ -38,7 +38,7 @@ def test_rows_are_reached_when_they_should_be(ahead: int) -> None:
 def test_a_straight_line_stays_one() -> None:
     rows = np.arange(12.0)[:, None] * 0.1
     times, outputs = played(rows)
-    middle = (times > 2 * ROW) & (times < 10 * ROW)
+    middle = (times > 3 * ROW) & (times < 10 * ROW)
     assert outputs[middle, 0] == pytest.approx((times[middle] / ROW - 1) * 0.1, abs=1e-9)
 
 
@@ -101,7 +101,7 @@ def test_rotations_stay_rotations_and_turn_evenly(representation: str) -> None:
         found = Rotation.from_matrix(np.stack([a, b, np.cross(a, b)], axis=2))
     else:
         found = Rotation.from_quat(value) if representation == "quat_xyzw" else Rotation.from_rotvec(value)
-    middle = (times > 2 * ROW) & (times < 8 * ROW)
+    middle = (times > 3 * ROW) & (times < 8 * ROW)
     angles = (found[np.flatnonzero(middle)] * turns[0].inv()).magnitude()
     expected = (times[middle] / ROW - 1) * 0.3
     wrapped = np.minimum(expected % (2 * np.pi), 2 * np.pi - expected % (2 * np.pi))

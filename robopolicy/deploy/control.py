@@ -136,7 +136,7 @@ class ControlLoop:
     def _first_plan(self, sample: Sample) -> float:
         """Wait for it, standing. Its rows count from when the arm starts to move, which is returned. Raises as inference."""
         self._ask(sample)
-        while (chunk := self.engine.take()) is None:
+        while (chunk := self.engine.take(waited=True)) is None:
             if self.engine.fault is not None:
                 raise self.engine.fault
             self.clock.sleep_until(self.clock.now() + self.dt)
@@ -147,13 +147,13 @@ class ControlLoop:
     def run(self, seconds: float, until: Callable[[], bool] | None = None) -> None:
         """Run for so long, or until ``until()`` or the safety filter has stopped the arm for good and it stands."""
         with quiet(self.config, self.notes):
-            ticker = Ticker(self.clock, self.dt)
-            for _ in range(round(seconds / self.dt)):
+            ticker, periods = Ticker(self.clock, self.dt), round(seconds / self.dt)
+            last = -1
+            while last + 1 < periods:
                 tick = ticker.wait()
                 self.step(tick)
+                last = tick.number
                 if until is not None and until():
-                    break
-                if tick.deadline - ticker.begin >= seconds - self.dt / 2:
                     break
                 if self.safety.mode in (Mode.STOPPED, Mode.ESTOPPED) and self.safety.still:
                     break

@@ -26,6 +26,7 @@ from robopolicy.config import Config
 from robopolicy.deploy.chunk import Chunk
 from robopolicy.deploy.clock import Clock
 from robopolicy.deploy.latency import DelayEstimate, Recorder
+from robopolicy.errors import EvaluationError
 
 if TYPE_CHECKING:
     import torch
@@ -194,8 +195,12 @@ class Engine:
         self._requests.put(Request(self._asked, self.episode, obs, obs_time, previous))
         self._wake.put(True)
 
-    def take(self) -> Chunk | None:
-        """The newest chunk that is worth carrying out, if one has arrived since the last call."""
+    def take(self, *, waited: bool = False) -> Chunk | None:
+        """The newest chunk that is worth carrying out, if one has arrived since the last call.
+
+        Args:
+            waited: The robot stood still meanwhile: no chunk is too late.
+        """
         answer = self._answers.take()
         if answer is None:
             return None
@@ -205,6 +210,8 @@ class Engine:
         chunk = answer.chunk
         delay = self._clock.now() - chunk.obs_time
         self.counters["chunks"] += 1
+        if waited:
+            return chunk
         if delay >= len(chunk.actions) * chunk.dt:
             self.counters["useless"] += 1
             return None
@@ -234,6 +241,8 @@ class Engine:
             self._planned_episode = request.episode
         previous, delay = self._previous(request.previous)
         actions = self._planner.plan(_batch(request.obs), previous, delay or 0, self._generator)[0]
+        if not np.isfinite(actions).all():
+            raise EvaluationError("the policy planned NaN or infinity; its training diverged: deploy an earlier checkpoint")
         ready = self._clock.now() + self._pretended
         self._delay.add(ready - request.obs_time)
         self.latency.add(ready - request.obs_time)
@@ -292,11 +301,11 @@ class InlineEngine(Engine):
         except Exception as error:
             self._fault, self._answered = (self.episode, error), self._asked
 
-    def take(self) -> Chunk | None:
+    def take(self, *, waited: bool = False) -> Chunk | None:
         if self._pending is not None and self._clock.now() >= self._pending.chunk.ready_time - 1e-9:
             self._answers.put(self._pending)
             self._pending, self._answered = None, self._asked
-        return super().take()
+        return super().take(waited=waited)
 
 
 def _batch(obs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
