@@ -51,10 +51,17 @@ class Robot(Protocol):
         kinematics: For the workspace of the safety filter; None: it has none.
     """
 
-    observation_features: Mapping[str, Feature]
-    action_feature: Feature
-    names: tuple[str, ...]
-    kinematics: Kinematics | None
+    @property
+    def observation_features(self) -> Mapping[str, Feature]: ...
+
+    @property
+    def action_feature(self) -> Feature: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def kinematics(self) -> Kinematics | None: ...
 
     def reset(self, seed: int | None = None) -> None:
         """Bring it to where an episode begins, and wait until it is there."""

@@ -31,6 +31,8 @@ from robopolicy.errors import EvaluationError
 if TYPE_CHECKING:
     import torch
 
+    from robopolicy.deploy.planner import Previous
+
 T = TypeVar("T")
 _WARM_UPS = 3  # the first runs of a network plan memory and choose kernels
 
@@ -38,9 +40,15 @@ _WARM_UPS = 3  # the first runs of a network plan memory and choose kernels
 class Plans(Protocol):
     """What the engine needs of a planner: see :class:`robopolicy.deploy.planner.Planner`."""
 
-    rows: int  # of its chunks
+    @property
+    def rows(self) -> int:
+        """Of its chunks."""
+        ...
 
-    def plan(self, obs: Mapping[str, np.ndarray], previous: object, delay: int, generator: torch.Generator) -> np.ndarray: ...
+    def plan(
+        self, obs: Mapping[str, np.ndarray], previous: Previous | None, delay: int, generator: torch.Generator, /
+    ) -> np.ndarray: ...
+
     def reset(self) -> None: ...
 
 
@@ -250,7 +258,7 @@ class Engine:
         self._index += 1
         return Answer(request.episode, chunk, delay)
 
-    def _previous(self, chunk: Chunk | None) -> tuple[object, int | None]:
+    def _previous(self, chunk: Chunk | None) -> tuple[Previous | None, int | None]:
         """What a planner is told of the plan in progress, and the rows of it that will be over when the next arrives."""
         if chunk is None:
             return None, None

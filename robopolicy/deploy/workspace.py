@@ -24,8 +24,11 @@ class Kinematics(Protocol):
             when unknown. They spare forward kinematics where the borders are far.
     """
 
-    names: tuple[str, ...]
-    levers: np.ndarray | None
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def levers(self) -> np.ndarray | None: ...
 
     def points(self, coordinates: np.ndarray) -> np.ndarray:
         """Positions ``[P, 3]`` in the base frame [m] at ``coordinates [n]``; may be a view that the next call overwrites."""
