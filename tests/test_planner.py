@@ -74,8 +74,11 @@ def previous(known: list[int], seed: int = 2, rows: int = 8) -> Previous:
 RELATIVE = {"action": {"type": "relative", "reference": ["x"]}, "normalize_per_step": True}
 
 
+DIFFUSION = {"path": {"type": "vp_cosine"}, "prediction": "eps", "sampler": {"type": "ddim", "num_steps": 4, "clip": 3.0}}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, RELATIVE], ids=["absolute", "relative"])
+@pytest.mark.parametrize("changes", [{}, RELATIVE, DIFFUSION], ids=["absolute", "relative", "diffusion"])
 @pytest.mark.parametrize("outside", [torch.enable_grad, torch.inference_mode])
 def test_every_planner_plans_all_rows_from_now_on(kind: str, changes: dict[str, Any], outside: type) -> None:
     planner = make_planner(kind, trained_for(kind, **changes))
@@ -86,7 +89,7 @@ def test_every_planner_plans_all_rows_from_now_on(kind: str, changes: dict[str, 
     for actions in (first, second):
         assert actions.shape == (3, 8, 2)
         assert actions.dtype == np.float32
-        assert np.isfinite(actions).all()
+        assert np.abs(actions).max() < 50
     assert planner.calls > 0
 
 

@@ -30,7 +30,7 @@ from robopolicy.errors import ConfigError
 from robopolicy.generative.losses import staircase
 from robopolicy.generative.path import Pred, broadcast_time
 from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, residual_gradient, soft_mask
-from robopolicy.generative.sampler import Generators, SampleResult, randn
+from robopolicy.generative.sampler import Generators, SampleResult, clip_pred, randn
 from robopolicy.policy import Observations, Policy
 
 
@@ -350,7 +350,7 @@ class Streaming(Planner):
         x = path.perturb(chunk, eps, times[0])
         seen = Pred(chunk, eps)
         for t, u in itertools.pairwise(times):
-            seen = self.policy.field(x, t.to(x.dtype), ctx)
+            seen = clip_pred(path, self.policy.field(x, t.to(x.dtype), ctx), x, t, self.policy.sampler.clip)
             x = self.policy.sampler.step(path, seen, x, t, u).sample(generator)
             self.calls += 1
         alpha, sigma = (broadcast_time(value, x) for value in path.coefficients(times[-1]))
