@@ -89,7 +89,7 @@ def export(
     from robopolicy.deploy.exported import ExportedPolicy
     from robopolicy.provenance import provenance
 
-    final, copied = Path(folder), graphs.exportable(policy)
+    final, copied = Path(folder), graphs.exportable(policy, backend)
     if final.exists() and any(final.iterdir()) and not (final / "manifest.json").exists():
         raise CheckpointError(f"'{final}' holds other files than an export; give an empty or new folder with --out")
     steps = walk(copied)

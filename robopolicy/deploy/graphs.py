@@ -7,19 +7,21 @@ constants, which the runtimes fold away.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robopolicy.deploy.manifest import observed
+from robopolicy.deploy.manifest import Backend, observed
 from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Field, Switched
 from robopolicy.generative.sampler import Jump
 from robopolicy.nets import unet1d
 from robopolicy.policy import Policy
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Part(nn.Module):
@@ -116,19 +118,17 @@ def fields(policy: Policy) -> Mapping[str, Field]:
     return {"field": cast("Field", policy.field)}
 
 
-def exportable(policy: Policy) -> Policy:
-    """A copy on the CPU whose layers are written in operators that every runtime has.
+def exportable(policy: Policy, backend: Backend) -> Policy:
+    """A copy on the CPU whose layers are written in operators that the runtime has.
 
     Raises:
         ConfigError: A part cannot be written as a graph.
     """
     copied = copy.deepcopy(policy).cpu().eval().requires_grad_(False)
-    for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is unet1d.Conv:
-                setattr(parent, name, _Conv(child))
-            elif isinstance(child, nn.Mish):
-                setattr(parent, name, _Mish())
+    if backend == "openvino":
+        _replace(copied, nn.Mish, lambda _: _Mish())
+    _replace(copied, unet1d._ConvBlock, _ConvBlock)
+    _replace(copied, unet1d.Conv, _Conv)
     nested = [m for m in copied.modules() if isinstance(m, Policy) and m is not copied]
     if any(part.config.frozen_above is not None for part in nested):
         raise ConfigError(
@@ -136,6 +136,14 @@ def exportable(policy: Policy) -> Policy:
             "distil the composition and export the student"
         )
     return copied
+
+
+def _replace(root: nn.Module, kind: type[M], by: Callable[[M], nn.Module]) -> None:
+    """Replace every module of this kind below ``root``."""
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, by(child))
 
 
 class _Conv(nn.Module):
@@ -147,7 +155,25 @@ class _Conv(nn.Module):
         self.stride, self.padding = conv.stride[0], int(conv.padding[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv1d(x.transpose(1, 2), self.weight, self.bias, self.stride, self.padding).transpose(1, 2)
+        return self.columns(x.transpose(1, 2)).transpose(1, 2)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The same on ``[B, C, L]``."""
+        return F.conv1d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class _ConvBlock(nn.Module):
+    """:class:`robopolicy.nets.unet1d._ConvBlock` on ``[B, C, L]`` within: as the runtimes have convolution and normalisation."""
+
+    def __init__(self, block: unet1d._ConvBlock) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = _Conv(block.conv), block.norm, block.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        h = F.group_norm(self.conv.columns(x.transpose(1, 2)), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        out: Tensor = self.act(h.transpose(1, 2))
+        return out
 
 
 class _Mish(nn.Module):
