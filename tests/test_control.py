@@ -70,18 +70,20 @@ def test_a_policy_is_carried_out() -> None:
 
 def test_the_output_keeps_the_limits_when_the_policy_does_not() -> None:
     cell = Cell(replan=2)
-    for k in range(12):
-        cell.planner.value = np.array([5.0, -5.0] if k % 2 else [-5.0, 5.0], np.float32)
-        cell.loop.run(0.3)
+    cell.loop.run(0.1)  # near targets first: far ones begin slowly
+    for value in ([5.0, -5.0], [-5.0, 5.0], [5.0, 5.0]):
+        cell.planner.value = np.array(value, np.float32)
+        cell.loop.run(1.2)
     sent = np.array([positions for _, positions in cell.robot.sent])
     assert np.abs(np.diff(sent, 1, axis=0)).max() <= 1.0 * 0.004 * (1 + 1e-9)
     assert np.abs(np.diff(sent, 2, axis=0)).max() <= 5.0 * 0.004**2 * (1 + 1e-6)
     assert np.abs(np.diff(sent, 3, axis=0)).max() <= 100.0 * 0.004**3 * (1 + 1e-6)
-    assert 0.4 < np.abs(sent).max() <= 0.95 + 1e-6
+    assert 0.9 < np.abs(sent).max() <= 0.95 + 1e-6
 
 
 def test_a_plan_that_is_no_number_is_a_fault() -> None:
     cell = Cell(replan=2, max_starved=50)
+    cell.loop.run(0.1)
     cell.planner.value = np.array([np.nan, 0.0], np.float32)
     cell.loop.run(1.0)
     assert cell.safety.mode is Mode.STOPPED
@@ -116,6 +118,7 @@ def test_a_stall_skips_periods_and_is_counted(overrun: str, mode: int) -> None:
 @pytest.mark.parametrize("starved", ["hold", "decelerate"])
 def test_without_a_plan_the_arm_holds_and_the_watchdog_stops_it(starved: str) -> None:
     cell = Cell(threaded=True, starved=starved, max_starved=100)
+    cell.loop.run(0.004)  # the first plan is there
     cell.planner.gate.clear()  # inference hangs from now on
     cell.loop.run(0.6)
     held = cell.robot.at
@@ -168,6 +171,7 @@ def test_an_exception_in_inference_holds_the_arm_and_then_stops_it() -> None:
 
 def test_slow_inference_does_not_slow_control() -> None:
     cell = Cell(threaded=True)
+    cell.loop.run(0.004)
     cell.planner.gate.clear()
     cell.engine.post({"pos": np.zeros((2, 2), np.float32)}, cell.clock.now(), None)
     opener = threading.Timer(10.0, cell.planner.gate.set)  # so that a loop that waits fails, and does not hang
@@ -175,7 +179,7 @@ def test_slow_inference_does_not_slow_control() -> None:
     begin = time.monotonic()
     cell.loop.run(0.5)
     assert time.monotonic() - begin < 8.0
-    assert len(cell.rows()) == 125
+    assert len(cell.rows()) == 126
     opener.cancel()
     cell.planner.gate.set()
     cell.loop.close()

@@ -107,46 +107,36 @@ class ControlLoop:
         scalars = ("episode", "number", "deadline", "start", "finish", "skipped", "mode", "age", "chunk", "starved", "obs_time")
         self.log = Log(self.config.log_size, dict.fromkeys(scalars, 0) | {"action": size, "target": n, "executed": n, "state": n})
         self.notes: list[str] = []
+        self._history: list[dict[str, np.ndarray]] = []
         self._started = False
 
     # ---- an episode ----------------------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[Reason, ...]:
         """Begin an episode: robot, engine, executor and safety filter. Returns why the filter refused; empty when it runs."""
+        self._stand("reset")
         self.robot.reset(seed)
         self.executor.reset()
         self._interpolate.reset()
-        sample = self.robot.observe()
-        self._history = [dict(sample.values)] * self.config.n_obs_steps
+        self._see(self.robot.observe(), first=True)
         if not self._started:
             self.engine.start(self._stacked())
             self._started = True
         self.engine.reset()
         self._last_target: np.ndarray | None = None
-        self._stamps: Mapping[str, Stamp] = sample.stamps
-        self._next_observation = self._first_plan(sample) + self.row
-        state = self.robot.state()
+        self._next_observation: float | None = None  # the first plan is made when the arm is about to move
+        self._rows_left = 0
         self._starved_now = self._missed_now = self.skipped = self.missed = self.starved = 0
-        if self.safety.mode is Mode.RUNNING:
-            self.safety.stop("reset")
-            while not self.safety.still:  # the set point of the last episode; the robot has been brought elsewhere
-                self.safety(self.clock.now(), state.positions, None, stamps={})
-        return self.safety.start(state.positions, reseat=True)
-
-    def _first_plan(self, sample: Sample) -> float:
-        """Wait for it, standing. Its rows count from when the arm starts to move, which is returned. Raises as inference."""
-        self._ask(sample)
-        while (chunk := self.engine.take(waited=True)) is None:
-            if self.engine.fault is not None:
-                raise self.engine.fault
-            self.clock.sleep_until(self.clock.now() + self.dt)
-        now = self.clock.now()
-        self.executor.add(Chunk(chunk.actions, now, chunk.dt, now, chunk.index))
-        return now
+        return self.safety.start(self.robot.state().positions, reseat=True)
 
     def run(self, seconds: float, until: Callable[[], bool] | None = None) -> None:
-        """Run for so long, or until ``until()`` or the safety filter has stopped the arm for good and it stands."""
+        """Run for so long, or until ``until()`` or the safety filter has stopped the arm for good and it stands.
+
+        May be called again to go on. Raises what inference raises while the first plan is waited for.
+        """
         with quiet(self.config, self.notes):
+            if self._next_observation is None:
+                self._next_observation = self._first_plan() + self.row
             ticker, periods = Ticker(self.clock, self.dt), round(seconds / self.dt)
             last = -1
             while last + 1 < periods:
@@ -158,15 +148,32 @@ class ControlLoop:
                 if self.safety.mode in (Mode.STOPPED, Mode.ESTOPPED) and self.safety.still:
                     break
 
+    def _first_plan(self) -> float:
+        """Wait for it, standing. Its rows count from when the arm starts to move, which is returned."""
+        sample = self.robot.observe()
+        self._see(sample, first=True)
+        self._ask(sample)
+        while (chunk := self.engine.take(waited=True)) is None:
+            if self.engine.fault is not None:
+                raise self.engine.fault
+            self.clock.sleep_until(self.clock.now() + self.dt)
+        now = self.clock.now()
+        self.executor.add(Chunk(chunk.actions, now, chunk.dt, now, chunk.index))
+        return now
+
     def close(self) -> None:
         """Stop the arm smoothly, then the engine."""
-        self.safety.stop("closed")
+        self._stand("closed")
+        self.robot.stop()
+        self.engine.close()
+
+    def _stand(self, why: str) -> None:
+        """Bring the set point to rest."""
+        self.safety.stop(why)
         ticker = Ticker(self.clock, self.dt)
         while not self.safety.still:
             state = self.robot.state()
             self._send(self.safety(ticker.wait().start, state.positions, None, stamps={}).executed)
-        self.robot.stop()
-        self.engine.close()
 
     # ---- one period ----------------------------------------------------------------------------------------------------------
 
@@ -175,8 +182,8 @@ class ControlLoop:
         now = tick.start
         self.skipped += tick.skipped
         state = self.robot.state()
-        if now >= self._next_observation - 1e-9:
-            self._observe(now)
+        if self._next_observation is not None and now >= self._next_observation - 1e-9:
+            self._observe(now, self._next_observation)
         if (chunk := self.engine.take()) is not None:
             self.executor.add(chunk)
         action, age, index, starved = self._action(now)
@@ -208,15 +215,18 @@ class ControlLoop:
         row["executed"] = np.nan if result.executed is None else result.executed
         row["state"] = state.positions
 
-    def _observe(self, now: float) -> None:
+    def _observe(self, now: float, due: float) -> None:
+        self._next_observation = due + self.row if now - due < self.row else now + self.row
         sample = self.robot.observe()
-        late = now - self._next_observation
-        self._next_observation = now + self.row if late > self.row else self._next_observation + self.row
-        self._history = [*self._history[1:], dict(sample.values)]
-        self._stamps = sample.stamps
+        self._see(sample)
         self._rows_left -= 1
         if self._rows_left <= 0 and not self.engine.busy and self.engine.fault is None:
             self._ask(sample)
+
+    def _see(self, sample: Sample, first: bool = False) -> None:
+        now = dict(sample.values)
+        self._history = [now] * self.config.n_obs_steps if first else [*self._history[1:], now]
+        self._stamps: Mapping[str, Stamp] = sample.stamps
 
     def _ask(self, sample: Sample) -> None:
         previous = self.executor.remaining(sample.time)
