@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_policy import observations, policy
+from test_policy import OBSERVATIONS, observations, policy
 
 from robopolicy import cli
 from robopolicy.bench.latency import measure, stages
 from robopolicy.bench.machine import busy, machine
 from robopolicy.bench.samples import histogram, summarize
+from robopolicy.deploy.clock import Clock
 from robopolicy.deploy.export import export
+from robopolicy.deploy.safety import Stamp
+from robopolicy.features import Feature
+from robopolicy.robot import Sample, State
 
 SETTINGS: dict[str, Any] = {"sampler": {"type": "euler", "num_steps": 2}, "n_action_steps": 4}
 
@@ -122,3 +126,50 @@ def test_the_verb_measures_checkpoints_and_exports(tmp_path: Path, capsys: pytes
     assert "cannot be imported" in capsys.readouterr().err
     assert cli.main(["bench", "latency", str(exported.folder), "--steps", "3"]) == 2
     assert "name the checkpoint" in capsys.readouterr().err
+
+
+class Still:
+    """A robot that stands, and sees what the toy policy sees; the policy's rows last half a second, so that none is late."""
+
+    observation_features = OBSERVATIONS
+    action_feature = Feature("action", (2,), unit="m", names=("x", "y"), rate=2.0)
+    names = ("x", "y")
+    kinematics = None
+
+    def __init__(self, task: str, clock: Clock, **arguments: Any) -> None:
+        self.clock = clock
+
+    def reset(self, seed: int | None = None) -> None: ...
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+    def command(self, positions: np.ndarray) -> None: ...
+
+    def state(self) -> State:
+        return State(np.zeros(2), Stamp(self.clock.now(), self.clock.now()))
+
+    def observe(self) -> Sample:
+        return Sample({name: value[0, 0] for name, value in observations(1).items()}, self.clock.now(), {})
+
+    def targets(self, action: np.ndarray) -> np.ndarray:
+        return 1e-3 * np.tanh(action)
+
+
+def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coordinate = {"unit": "m", "lower": -1.0, "upper": 1.0, "velocity": 2.0, "acceleration": 10.0, "jerk": 200.0}
+    limits = tmp_path / "limits.yaml"
+    limits.write_text(json.dumps({"coordinates": [{"name": name, **coordinate} for name in Still.names]}))
+    checkpoint = policy(**SETTINGS).save(tmp_path / "policy", {"task": {"name": "toys:Dot", "args": {}}})
+    folder = export(policy(**SETTINGS), tmp_path / "export", "onnx").folder
+    options = ["--robot", "test_bench:Still", "--limits", str(limits), "--rate", "50", "--seconds", "0.5", "--task", "toys:Dot"]
+    for actor in (checkpoint, folder):
+        assert cli.main(["bench", "loop", str(actor), *options, "--out", str(tmp_path / "out")]) == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in ("lateness", "age", "inference", "missed", "starved", "jump"))
+        report = json.loads((tmp_path / "out" / "loop.json").read_text())["report"]
+        assert 0 < report["ticks"] <= 26
+        assert report["lateness_ms"]["p50"] >= 0
+        assert report["age_ms"]["max"] > 0
+        assert set(report["jerk_rms"]) == {"x", "y"}
+        assert (tmp_path / "out" / "loop.png").exists()
+    assert cli.main(["bench", "loop", str(folder), *options, "--planner", "rtc"]) == 2
+    assert "an export has no planner 'rtc'" in capsys.readouterr().err
