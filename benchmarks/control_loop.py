@@ -1,9 +1,9 @@
 """The whole control path in real time: our arm, a policy in its thread, executor, interpolation, safety filter; at 250 Hz.
 
 Runs episodes of the task one after another for as long as asked, idle and under load (a process that multiplies on every core),
-and with SCHED_FIFO where that is permitted, and prints what docs/deploy.md defines: missed deadlines, lateness, age of
-information, latency of inference, CPU, success. The load average is that of the machine before each run: "idle" means nothing of
-ours.
+and with SCHED_FIFO (control 60, inference 50) where that is permitted, and prints what docs/deploy.md defines: missed deadlines,
+lateness, age of information, latency of inference, CPU, success. The load average is that of the machine before each run: "idle"
+means nothing of ours.
 
     python benchmarks/control_loop.py outputs/quickstart
     python benchmarks/control_loop.py outputs/quickstart --seconds 60 --runs idle load fifo fifo_load --json outputs/control.json
@@ -33,7 +33,7 @@ import torch
 
 from robopolicy.deploy.clock import Clock, FakeClock, SystemClock
 from robopolicy.deploy.control import ControlConfig, ControlLoop
-from robopolicy.deploy.engine import Engine, InlineEngine
+from robopolicy.deploy.engine import Engine, EngineConfig, InlineEngine
 from robopolicy.deploy.executor import make_executor
 from robopolicy.deploy.limits import load_limits
 from robopolicy.deploy.planner import make_planner
@@ -55,7 +55,7 @@ def build(policy: Policy, clock: Clock, args: argparse.Namespace, delay: float |
     generator = torch.Generator().manual_seed(args.seed)
     planner, row = make_planner(args.planner, policy), 1.0 / robot.task.rate
     if delay is None:
-        engine = Engine(planner, row, clock, generator)
+        engine = Engine(planner, row, clock, generator, EngineConfig(fifo=None if fifo is None else fifo - 10))
     else:
         engine = InlineEngine(planner, row, clock, generator, delay=delay)
     config = ControlConfig(n_obs_steps=policy.n_obs_steps, replan=args.replan or policy.n_action_steps, fifo=fifo, log_size=10**6)

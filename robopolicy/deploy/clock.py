@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 
@@ -85,3 +87,16 @@ class Ticker:
         tick = Tick(self._next, deadline, now, skipped)
         self._next += 1
         return tick
+
+
+def set_fifo(priority: int) -> None:
+    """Real-time priority for the calling thread. Raises OSError where that is not permitted."""
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+
+
+def permitted(action: Callable[[], None], what: str, notes: list[str]) -> None:
+    """Do what the system may refuse, and note it if it does."""
+    try:
+        action()
+    except OSError as error:
+        notes.append(f"{what} was not permitted ({error.strerror})")

@@ -21,7 +21,7 @@ import pydantic
 
 from robopolicy.config import Config
 from robopolicy.deploy.chunk import Chunk
-from robopolicy.deploy.clock import Clock, Tick, Ticker
+from robopolicy.deploy.clock import Clock, Tick, Ticker, permitted, set_fifo
 from robopolicy.deploy.engine import Engine, rows_between
 from robopolicy.deploy.executor import Executor
 from robopolicy.deploy.interpolate import InterpolationConfig, Interpolator
@@ -46,7 +46,8 @@ class ControlConfig(Config):
         max_starved: Periods in a row without a plan after which the arm is stopped for good.
         max_missed: Periods in a row that ended after the next should have begun, likewise.
         log_size: Periods that the log keeps.
-        fifo: Real-time priority (1 to 99) of the control thread, where the system permits; None: as other processes.
+        fifo: Real-time priority (1 to 99) of the control thread, where the system permits; None: as other processes. Give
+            inference one, too, below it (``EngineConfig.fifo``).
         cpu: Processor for the control thread; None: any.
     """
 
@@ -284,7 +285,7 @@ class ControlLoop:
             "engine": dict(self.engine.counters),
             "boundary_jump": percentiles(np.array([switch.jump for switch in self.executor.switches])),
             "interventions": dict(self.safety.events),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self.engine.notes],
         }
 
 
@@ -322,10 +323,9 @@ def quiet(config: ControlConfig, notes: list[str]) -> Iterator[None]:
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
         if config.cpu is not None:
-            _try(lambda: os.sched_setaffinity(0, {config.cpu or 0}), f"cpu {config.cpu}", notes)
+            permitted(lambda: os.sched_setaffinity(0, {config.cpu or 0}), f"cpu {config.cpu}", notes)
         if config.fifo is not None:
-            fifo = os.sched_param(config.fifo)
-            _try(lambda: os.sched_setscheduler(0, os.SCHED_FIFO, fifo), f"SCHED_FIFO {config.fifo}", notes)
+            permitted(lambda: set_fifo(config.fifo or 1), f"SCHED_FIFO {config.fifo} for control", notes)
         yield
     finally:
         os.sched_setscheduler(0, *policy)
@@ -334,10 +334,3 @@ def quiet(config: ControlConfig, notes: list[str]) -> Iterator[None]:
         gc.unfreeze()
         if collecting:
             gc.enable()
-
-
-def _try(action: Callable[[], None], what: str, notes: list[str]) -> None:
-    try:
-        action()
-    except OSError as error:
-        notes.append(f"{what} was not permitted ({error.strerror})")

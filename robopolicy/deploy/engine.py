@@ -24,7 +24,7 @@ import pydantic
 
 from robopolicy.config import Config
 from robopolicy.deploy.chunk import Chunk
-from robopolicy.deploy.clock import Clock
+from robopolicy.deploy.clock import Clock, permitted, set_fifo
 from robopolicy.deploy.latency import DelayEstimate, Recorder
 from robopolicy.errors import EvaluationError
 
@@ -96,11 +96,14 @@ class EngineConfig(Config):
             are late.
         window: Recent latencies whose longest is the delay to expect.
         margin: Added to it [s]: chunks are taken at the next tick of control.
+        fifo: Real-time priority (1 to 99) of the inference thread, below that of control. If control has one and inference has
+            none, another process can take the processor while inference holds the interpreter, and control waits for both.
     """
 
     late: Literal["use", "discard"] = "use"
     window: int = pydantic.Field(default=10, ge=1)
     margin: float = pydantic.Field(default=0.004, ge=0)
+    fifo: int | None = pydantic.Field(default=None, ge=1, le=99)
 
 
 class Engine:
@@ -116,6 +119,7 @@ class Engine:
     Attributes:
         latency: From observation to chunk [s], of every chunk since the warm-up.
         counters: ``chunks`` taken, ``late`` ones, ``discarded``, ``useless`` (all rows over), ``stale`` (before a reset).
+        notes: What the system did not permit.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class Engine:
         self._delay = DelayEstimate(self.config.window)
         self.latency = Recorder()
         self.counters = dict.fromkeys(("chunks", "late", "discarded", "useless", "stale"), 0)
+        self.notes: list[str] = []
         self.episode = 0
         self._asked = self._answered = 0  # by control, by inference
         self._index = 0
@@ -233,6 +238,8 @@ class Engine:
     # ---- the inference thread ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        if self.config.fifo is not None:
+            permitted(lambda: set_fifo(self.config.fifo or 1), f"SCHED_FIFO {self.config.fifo} for inference", self.notes)
         while self._wake.get():
             request = self._requests.take()
             if request is None:  # it was replaced, and then taken, or reset
