@@ -294,14 +294,15 @@ def summarise(rows: np.ndarray, dt: float, safety: SafetyFilter) -> dict[str, An
     if len(rows) < 4:
         return {"ticks": len(rows)}
     late, took = rows["start"] - rows["deadline"], rows["finish"] - rows["start"]
-    missed = (rows["skipped"] > 0) | (rows["finish"] > rows["deadline"] + dt)
+    skipped = int(rows["skipped"].sum())
+    missed = skipped + int((rows["finish"] > rows["deadline"] + dt).sum())
     follows = (np.diff(rows["episode"]) == 0) & (np.diff(rows["number"]) > 0)  # the period before, in the same run
     smooth = follows & (np.diff(rows["number"]) == 1)
     jerk = np.diff(rows["executed"], 3, axis=0)[smooth[2:] & smooth[1:-1] & smooth[:-2]] / dt**3
     return {
         "ticks": len(rows),
-        "missed": float(missed.mean()),
-        "skipped": int(rows["skipped"].sum()),
+        "missed": missed / (len(rows) + skipped),
+        "skipped": skipped,
         "lateness_ms": percentiles(1e3 * late),
         "jitter_ms": percentiles(1e3 * np.abs(np.diff(rows["start"])[follows] - dt)),
         "work_ms": percentiles(1e3 * took),
