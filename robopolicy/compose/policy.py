@@ -24,7 +24,7 @@ from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.features import Feature
 from robopolicy.generative.fields import Field, Switched
 from robopolicy.generative.path import PATHS, Path, Pred
-from robopolicy.generative.sampler import SAMPLERS, randn
+from robopolicy.generative.sampler import SAMPLERS, Generators, Sampler, SampleResult
 from robopolicy.policy import Policy, PolicyConfig, build_policy
 
 Rule = Literal["convex", "product", "and", "or"]
@@ -151,10 +151,18 @@ class Composed(Policy):
         pred = self.leaf(state, time, ctx)
         return self.path.target(pred.x0, pred.eps, time, self.config.prediction)
 
-    def sample(self, ctx: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-        shape = (ctx.shape[0], self.config.horizon, self.action_transform.dim)
-        noise = self.config.initial_noise * randn(shape, generator, device=ctx.device)
-        return self.sampler.sample(self.leaf, ctx, self.path.prior(noise), path=self.path, generator=generator).x0
+    def walk(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        generator: Generators | None = None,
+        *,
+        field: Field | None = None,
+        sampler: Sampler | None = None,
+        times: Tensor | None = None,
+    ) -> SampleResult:
+        own = self.leaf if field is None else field  # superposition asks it for each parent
+        return super().walk(x, ctx, generator, field=own, sampler=sampler, times=times)
 
     def varied(self, **changes: Any) -> Composed:
         config = parse(ComposedConfig, {**self.config.model_dump(mode="json"), **changes}, where="policy")

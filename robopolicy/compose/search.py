@@ -172,8 +172,8 @@ class Outcome:
                 Section(
                     "Search",
                     self._chart(),
-                    "On search seeds, with 95 % intervals. The best of many noisy figures looks better than it is: what the chosen "
-                    "weights are worth is in the test above, not here.",
+                    "On search seeds, with 95 % intervals. The best of many noisy figures looks better than it is: what the "
+                    "chosen weights are worth is in the test above, not here.",
                 )
             )
         if self.prediction is not None:

@@ -68,6 +68,7 @@ class Superpose(DDIM):
         temperature: float = pydantic.Field(default=1.0, ge=0)
 
     eta = 1.0
+    superposes = True  # planners that would put a field of their own around the parents cannot
 
     def __init__(self, config: Superpose.Config | None = None) -> None:
         self.config: Superpose.Config = config or Superpose.Config()  # type: ignore[assignment]
