@@ -27,7 +27,7 @@ from robopolicy.generative.fields import Field, Leaf, Switched
 from robopolicy.generative.losses import LossConfig, denoising_loss
 from robopolicy.generative.path import PATHS, Kind, Pred
 from robopolicy.generative.path import Path as GaussianPath
-from robopolicy.generative.sampler import SAMPLERS, Sampler, randn
+from robopolicy.generative.sampler import SAMPLERS, Generators, Sampler, SampleResult, randn
 from robopolicy.nets.embedding import TimeEmbedding
 from robopolicy.nets.registry import ENCODERS, NETS
 from robopolicy.train.checkpoint import find_policy, read_tensors, write_tensors
@@ -208,8 +208,34 @@ class Policy(nn.Module):
     def sample(self, ctx: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
         """A normalised chunk ``[B, H, A]`` for each context; ``generator`` may be one per row."""
         shape = (ctx.shape[0], self.config.horizon, self.action_transform.dim)
-        noise = self.config.initial_noise * randn(shape, generator, device=ctx.device)
-        return self.sampler.sample(self.field, ctx, self.path.prior(noise), path=self.path, generator=generator).x0
+        return self.walk(self.start(randn(shape, generator, device=ctx.device)), ctx, generator).x0
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The states ``[B, H, A]`` at time 1 from which unit ``noise`` is walked to chunks."""
+        return self.path.prior(self.config.initial_noise * noise)
+
+    def walk(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        generator: Generators | None = None,
+        *,
+        field: Field | None = None,
+        sampler: Sampler | None = None,
+        times: Tensor | None = None,
+    ) -> SampleResult:
+        """Walk from states ``x [B, H, A]`` to clean chunks: all that samples from this policy goes through here.
+
+        Args:
+            x: States at time 1, of :meth:`start`; or at ``times[0]``.
+            ctx: Contexts ``[B, C]``.
+            generator: Of the noise that stochastic samplers draw on the way.
+            field: Another one on this policy's path, made of its own; None: its own.
+            sampler: Another sampler.
+            times: Other times, as :meth:`robopolicy.generative.sampler.Sampler.sample` has them.
+        """
+        own: Field = self.field if field is None else field
+        return (sampler or self.sampler).sample(own, ctx, x, path=self.path, generator=generator, times=times)
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Mean denoising loss of a batch as :meth:`robopolicy.data.windows.Windows.batch` makes it, on the policy's device."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robopolicy.cli import main
+from robopolicy.compose.policy import compose
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.delayed import evaluate_delayed, replan_interval
@@ -222,6 +223,41 @@ def test_bid_takes_what_is_coherent() -> None:
     assert incoherence(planned).mean() < 0.8 * incoherence(plain).mean()
     with pytest.raises(ConfigError, match="keep fewer"):
         make_planner({"type": "bid", "samples": 2}, made)
+
+
+def test_what_a_robot_draws_depends_on_no_other_robot() -> None:
+    made = policy(sampler={"type": "ddpm", "num_steps": 4, "clip": None})
+    together = make_planner("bid", made).plan(seen(), previous([8, 5, 0]), 2, generators())
+    for row in range(3):
+        obs, before = {"x": seen()["x"][row : row + 1]}, previous([8, 5, 0])
+        own = Previous(before.actions[row : row + 1], before.known[row : row + 1])
+        alone = make_planner("bid", made).plan(obs, own, 2, [generators()[row]])
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_plan_that_is_no_number_is_not_hidden(kind: str, steps: int) -> None:
+    made = trained_for(kind, sampler={"type": "euler", "num_steps": steps})
+    planner = make_planner(kind, made)
+    planner.plan(seen(), None, 2, generators())
+    torch.nn.init.constant_(next(made.net.parameters()), torch.nan)
+    assert np.isnan(planner.plan(seen(), previous([8, 8, 8]), 2, generators())).any()
+
+
+@pytest.mark.parametrize("rule", ["convex", "and", "or"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compositions_are_planned_for_or_refused_with_a_reason(rule: Any, kind: str) -> None:
+    made = compose([trained_for(kind), trained_for(kind, **DIFFUSION)], rule=rule)
+    if rule != "convex" and kind in ("rtc", "rtc_trained", "streaming"):
+        with pytest.raises(ConfigError, match="rule convex or product"):
+            make_planner(kind, made)
+        return
+    planner = make_planner(kind, made)
+    actions = planner.plan(seen(), None, 0, generators())
+    if kind == "plain":
+        np.testing.assert_array_equal(actions[:, :4], made.act(seen(), generators()))
+    assert np.isfinite(planner.plan(seen(), previous([5, 0, 8]), 2, generators())).all()
 
 
 def test_planners_that_need_training_say_so() -> None:

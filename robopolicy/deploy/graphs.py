@@ -91,8 +91,7 @@ class Whole(Part):
 
     def forward(self, noise: Tensor, *obs: Tensor) -> Tensor:
         policy, named = self.policy, dict(zip(self.names, obs, strict=True))
-        start = policy.path.prior(policy.config.initial_noise * noise)
-        chunk = policy.sampler.sample(policy.field, policy.encode(named), start, path=policy.path).x0
+        chunk = policy.walk(policy.start(noise), policy.encode(named)).x0
         return policy.actions(chunk, named)[:, policy.n_obs_steps - 1 :]
 
 

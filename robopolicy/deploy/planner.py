@@ -27,10 +27,11 @@ from torch import Tensor
 
 from robopolicy.config import Config, component
 from robopolicy.errors import ConfigError
+from robopolicy.generative.fields import Field
 from robopolicy.generative.losses import staircase
 from robopolicy.generative.path import Pred, broadcast_time
 from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, residual_gradient, soft_mask
-from robopolicy.generative.sampler import Generators, SampleResult, clip_pred, randn
+from robopolicy.generative.sampler import Generators, clip_pred, randn
 from robopolicy.policy import Observations, Policy
 
 
@@ -52,8 +53,14 @@ class Planner(ABC):
     """
 
     needs_previous: ClassVar[bool] = True
+    asks_field: ClassVar[bool] = False  # puts a field of its own around the policy's, or walks it by itself
 
     def __init__(self, policy: Policy) -> None:
+        if self.asks_field and getattr(policy.sampler, "superposes", False):
+            raise ConfigError(
+                f"planner '{type(self).__name__}' guides what the policy sees, and a composition by rule and/or is not seen but "
+                "sampled; use planner plain, rti or bid, compose with rule convex or product, or distil"
+            )
         self.policy = policy
         self.now: int = policy.n_obs_steps - 1
         self.rows: int = policy.horizon - self.now  # F
@@ -103,16 +110,18 @@ class Planner(ABC):
         chunk = self.policy.encode_actions(actions.gather(1, index[:, :, None].expand(-1, -1, actions.shape[2])), obs)
         return Old(chunk, known, torch.as_tensor(delay, device=device).long().expand(batch))
 
-    def _sample(self, field: object, ctx: Tensor, x: Tensor, generator: Generators, **how: object) -> Tensor:
-        """Walk ``field`` with the policy's sampler and count the calls."""
-        result: SampleResult = self.policy.sampler.sample(field, ctx, x, path=self.policy.path, generator=generator, **how)  # type: ignore[arg-type]
+    def _sample(
+        self, ctx: Tensor, x: Tensor, generator: Generators, field: Field | None = None, times: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`robopolicy.policy.Policy.walk`, and count the calls."""
+        result = self.policy.walk(x, ctx, generator, field=field, times=times)
         self.calls += result.nfe
         return result.x0
 
     def _noise(self, batch: int, generator: Generators) -> Tensor:
         """States at time 1 ``[B, H, A]``."""
         shape = (batch, self.policy.horizon, self.policy.action_transform.dim)
-        return self.policy.path.prior(self.policy.config.initial_noise * randn(shape, generator, device=self.policy.device))
+        return self.policy.start(randn(shape, generator, device=self.policy.device))
 
 
 class Old(NamedTuple):
@@ -141,7 +150,7 @@ class Plain(Planner):
         super().__init__(policy)
 
     def _plan(self, ctx: Tensor, obs: Mapping[str, Tensor], old: Old, generator: Generators) -> Tensor:
-        return self._sample(self.policy.field, ctx, self._noise(len(ctx), generator), generator)
+        return self._sample(ctx, self._noise(len(ctx), generator), generator)
 
 
 class RTC(Planner):
@@ -152,6 +161,8 @@ class RTC(Planner):
     ``candidates`` draws, then ``iterations`` steps ``z += eta J^T W (chunk - x0(z))`` at constant norm, so that the noise stays
     as likely as it was, ``eta`` by a line search that costs one call. What comes out is something that the policy may do.
     """
+
+    asks_field = True
 
     class Config(Config):
         jacobian: Literal["true", "identity"] = "true"
@@ -171,7 +182,7 @@ class RTC(Planner):
             return self._one_step(ctx, old, weights, generator)
         path, config = self.policy.path, self.config
         field = Inpainted(self.policy.field, path, old.chunk, weights, config.limit, config.jacobian)
-        chunk = self._sample(field, ctx, self._noise(len(ctx), generator), generator)
+        chunk = self._sample(ctx, self._noise(len(ctx), generator), generator, field)
         if config.jacobian == "true" and bool(weights.any()):
             self.calls *= 2  # a backward pass behind each
         return chunk
@@ -183,30 +194,31 @@ class RTC(Planner):
 
     def _one_step(self, ctx: Tensor, old: Old, weights: Tensor, generator: Generators) -> Tensor:
         if not weights.any():
-            return self._sample(self.policy.field, ctx, self._noise(len(ctx), generator), generator)
+            return self._sample(ctx, self._noise(len(ctx), generator), generator)
         weights = weights[:, :, None]
 
         def cost(chunk: Tensor) -> Tensor:
             return (weights * (chunk - old.chunk).square()).sum((1, 2))
 
-        z, best = self._noise(len(ctx), generator), torch.full_like(weights[:, 0, 0], torch.inf)
-        chunk = old.chunk
-        for index in range(self.config.candidates):
-            other = z if index == 0 else self._noise(len(ctx), generator)
-            sample = self._sample(self.policy.field, ctx, other, generator)
+        z = self._noise(len(ctx), generator)
+        chunk = self._sample(ctx, z, generator)  # taken as it is: if it is no number, that is seen
+        best = cost(chunk)
+        for _ in range(self.config.candidates - 1):
+            other = self._noise(len(ctx), generator)
+            sample = self._sample(ctx, other, generator)
             better = (cost(sample) < best)[:, None, None]
             z, chunk = torch.where(better, other, z), torch.where(better, sample, chunk)
             best = torch.minimum(best, cost(sample))
         ones = torch.ones(len(ctx), device=z.device, dtype=z.dtype)
         for _ in range(self.config.iterations):
             seen, gradient = residual_gradient(self._onward, z, ones, ctx, old.chunk, weights)
-            ahead = self._sample(self.policy.field, ctx, z + 0.1 * gradient, generator)
+            ahead = self._sample(ctx, z + 0.1 * gradient, generator)
             change = 10 * (ahead - seen.x0)  # J gradient
             curvature = (weights * change.square()).sum((1, 2))
             eta = gradient.square().sum((1, 2)) / curvature.clamp_min(1e-9)
             moved = z + eta.clamp_max(3.0)[:, None, None] * gradient
             moved = moved * (z.square().sum((1, 2)) / moved.square().sum((1, 2))).sqrt()[:, None, None]  # as likely as it was
-            sample = self._sample(self.policy.field, ctx, moved, generator)
+            sample = self._sample(ctx, moved, generator)
             better = (cost(sample) < best)[:, None, None]
             z, chunk = torch.where(better, moved, z), torch.where(better, sample, chunk)
             best = torch.minimum(best, cost(sample))
@@ -220,6 +232,8 @@ class RTC(Planner):
 class TrainedRTC(Planner):
     """Training-time real-time chunking (arXiv 2512.05964): the settled rows enter the network clean. No backward pass."""
 
+    asks_field = True
+
     class Config(Config):
         pass
 
@@ -232,7 +246,7 @@ class TrainedRTC(Planner):
         ahead = torch.arange(self.policy.horizon, device=ctx.device) - self.now
         given = torch.minimum(old.settled, old.known).clamp_max(self.policy.config.loss.prefix)[:, None]
         field = Pinned(self.policy.field, self.policy.path, old.chunk, (ahead >= 0) & (ahead < given))
-        return self._sample(field, ctx, self._noise(len(ctx), generator), generator)
+        return self._sample(ctx, self._noise(len(ctx), generator), generator, field)
 
 
 class RTI(Planner):
@@ -276,14 +290,14 @@ class RTI(Planner):
         guess[:, :, columns] = guess[:, :, columns].clamp(-config.limit, config.limit)
         first = t == 1.0
         if bool(first.all()):
-            return self._sample(self.policy.field, ctx, noise, generator)
+            return self._sample(ctx, noise, generator)
         share = torch.linspace(1, 0, config.steps + 1, dtype=torch.float64, device=ctx.device)[:, None]
         unit = noise / path.prior(torch.ones((), device=ctx.device))
         start = path.perturb(guess, config.noise * unit, t)
-        chunk = self._sample(self.policy.field, ctx, start, generator, times=share * t)
+        chunk = self._sample(ctx, start, generator, times=share * t)
         if bool(first.any()):
             calls = self.calls
-            full = self._sample(self.policy.field, ctx, noise, generator)
+            full = self._sample(ctx, noise, generator)
             chunk = torch.where(first[:, None, None], full, chunk)
             self.calls = calls  # of a robot that is on its way
         return chunk
@@ -305,6 +319,8 @@ class Streaming(Planner):
     before it was. Costs a share of a full sample, and answers late: most of a row's noise was taken away under old observations.
     Rows that were executed since move the buffer on, in time with the stairs when ``group`` rows are executed between plans.
     """
+
+    asks_field = True
 
     class Config(Config):
         group: int | None = pydantic.Field(default=None, ge=1)  # None: as trained, policy.loss.stairs
@@ -333,7 +349,7 @@ class Streaming(Planner):
         chunk = old.chunk
         fresh = randn(old.chunk.shape, generator, device=ctx.device)
         if bool(begins.any()):
-            full = self._sample(self.policy.field, ctx, path.prior(self.policy.config.initial_noise * fresh), generator)
+            full = self._sample(ctx, self.policy.start(fresh), generator)
             chunk = torch.where(begins[:, None, None], full, chunk)
             if bool(begins.all()):
                 self._eps = fresh
@@ -381,11 +397,11 @@ class BID(Planner):
             raise ConfigError(f"planner 'bid': keep {self.config.keep} of {self.config.samples} samples; keep fewer")
 
     def _plan(self, ctx: Tensor, obs: Mapping[str, Tensor], old: Old, generator: Generators) -> Tensor:
-        batch, n, path = len(ctx), self.config.samples, self.policy.path
+        batch, n = len(ctx), self.config.samples
         shape = (batch, n, self.policy.horizon, self.policy.action_transform.dim)
-        start = path.prior(self.policy.config.initial_noise * randn(shape, generator, device=ctx.device)).flatten(0, 1)
+        start = self.policy.start(randn(shape, generator, device=ctx.device)).flatten(0, 1)
         many = ctx.repeat_interleave(n, 0)
-        strong = self._sample(self.policy.field, many, start, _shared(generator)).unflatten(0, (batch, n))
+        strong = self._sample(many, start, _each(generator, n)).unflatten(0, (batch, n))
         self.calls *= n
         ahead = torch.arange(self.policy.horizon, device=ctx.device) - self.now
         weight = torch.where((ahead >= 0) & (ahead < old.known[:, None]), self.config.decay ** ahead.clamp_min(0), 0.0)
@@ -414,9 +430,9 @@ def _distance(chunks: Tensor, others: Tensor) -> Tensor:
     return (chunks[:, :, None] - others[:, None]).square().sum((-2, -1)).mean(2)
 
 
-def _shared(generator: Generators) -> torch.Generator:
-    """One generator for samples that outnumber the robots: only stochastic samplers draw from it."""
-    return generator if isinstance(generator, torch.Generator) else generator[0]
+def _each(generator: Generators, n: int) -> Generators:
+    """Generators for ``n`` samples of each robot, one after the other: what a robot draws depends on no other."""
+    return generator if isinstance(generator, torch.Generator) else [g for g in generator for _ in range(n)]
 
 
 PLANNERS: Mapping[str, str] = {

@@ -62,9 +62,8 @@ class Teacher:
         """The normalised chunks ``[B, H, A]`` that it makes of unit ``noise [B, H, A]``."""
         self.calls += len(noise) * self.nfe
         policy = self.policy
-        x = policy.path.prior(policy.config.initial_noise * noise)
         with torch.autocast(policy.device.type, enabled=False):
-            return self.sampler.sample(policy.field, ctx, x, path=policy.path).x0
+            return policy.walk(policy.start(noise), ctx, sampler=self.sampler).x0
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:

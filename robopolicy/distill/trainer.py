@@ -152,5 +152,4 @@ class Distiller(Trainer):
 
 def from_noise(policy: Policy, ctx: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
     """The chunks ``[B, H, A]`` that a policy makes of unit ``noise``; ``generator`` is for samplers that draw more on the way."""
-    x = policy.path.prior(policy.config.initial_noise * noise)
-    return policy.sampler.sample(policy.field, ctx, x, path=policy.path, generator=generator).x0
+    return policy.walk(policy.start(noise), ctx, generator).x0
