@@ -362,6 +362,18 @@ def test_a_start_within_the_margin_only_comes_in() -> None:
     assert lowest == pytest.approx(0.9, abs=1e-6)
 
 
+def test_within_the_margin_it_never_turns_back() -> None:
+    for seed in range(25):  # targets that change while it comes in
+        rng, arm_ = np.random.default_rng(seed), Arm((0.9 + 0.004 * seed, -0.99), ramp=1.0)
+        for _ in range(40):
+            target, rate = rng.uniform(0.85, 1.0), rng.normal(0, 1, 2)
+            for _ in range(rng.integers(1, 12)):
+                before = arm_.out
+                arm_([target, rng.uniform(-1, -0.85)], velocity=rate if rng.random() < 0.5 else None)
+                assert arm_.out[0] <= max(before[0], 0.9 + 1e-6) + 1e-9
+                assert arm_.out[1] >= min(before[1], -0.9 - 1e-6) - 1e-9
+
+
 def test_an_arm_that_was_moved_while_it_stood_is_not_pulled_back() -> None:
     arm_ = Arm()
     arm_.run([0.1, 0.0], 100)

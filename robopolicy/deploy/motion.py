@@ -18,6 +18,7 @@ import ruckig
 
 # Of positions [rad, m]: Ruckig solves polynomials, whose roots, and so the ends of stops, are good to about 1e-9.
 TOLERANCE = 1e-6
+_STILL = 1e-9
 
 # Whether a stop is admissible, given where it starts [n], how far it strays from there [n], its length [s] and its positions.
 Admits = Callable[[np.ndarray, np.ndarray, float, Callable[[float], np.ndarray]], bool]
@@ -50,7 +51,8 @@ class Motion:
         self._halt.current_position = self._halt.target_velocity = [0.0] * n
         self._next = ruckig.OutputParameter(n)
         self._stop, self._spare = ruckig.Trajectory(n), ruckig.Trajectory(n)
-        self.lower, self.upper = np.full(n, -np.inf), np.full(n, np.inf)  # of the whole path, stops included
+        self._lower, self._upper = np.full(n, -np.inf), np.full(n, np.inf)
+        self.lower, self.upper = self._lower, self._upper  # of the whole path, stops included; widened for starts outside
         self.position: np.ndarray = np.zeros(n)
         self.velocity: np.ndarray = np.zeros(n)
         self.acceleration: np.ndarray = np.zeros(n)
@@ -58,8 +60,12 @@ class Motion:
         self._elapsed: float | None = None  # along the stop; None: at rest
 
     def seat(self, position: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
-        """Start at rest at ``position``; the path stays within ``lower`` and ``upper``, widened to include it."""
+        """Start at rest at ``position``; the path stays within ``lower`` and ``upper``, widened to include it.
+
+        Where it begins outside it comes in without turning back, and the bounds close behind it.
+        """
         self.position = np.array(position, np.float64)
+        self._lower, self._upper = lower, upper
         self.lower, self.upper = np.minimum(lower, position), np.maximum(upper, position)
         self.rest()
 
@@ -71,10 +77,10 @@ class Motion:
     def still(self) -> bool:
         return self._elapsed is None
 
-    def close(self, lower: np.ndarray, upper: np.ndarray) -> None:
-        """Bounds that were widened for a start outside close behind the set point."""
-        self.lower = np.minimum(lower, np.maximum(self.lower, self.position))
-        self.upper = np.maximum(upper, np.minimum(self.upper, self.position))
+    def close(self) -> None:
+        """Widened bounds end where the set point is now."""
+        self.lower = np.minimum(self._lower, np.maximum(self.lower, self.position))
+        self.upper = np.maximum(self._upper, np.minimum(self.upper, self.position))
 
     def propose(self, target: np.ndarray, velocity: np.ndarray | None, speed: float, admits: Admits) -> bool:
         """Go on by one period towards ``target``, if it can be shown that a stop within bounds remains.
@@ -134,9 +140,20 @@ class Motion:
             return False
         extrema = path.position_extrema
         back, forth = np.array([bound.min for bound in extrema]), np.array([bound.max for bound in extrema])
+        if not self._comes_in(position, back, forth):
+            return False
         if (position + back < self.lower - TOLERANCE).any() or (position + forth > self.upper + TOLERANCE).any():
             return False
         if not admits(position, np.maximum(-back, forth), path.duration, lambda time: position + path.at_time(time)[0]):
             return False
         self._stop, self._spare = path, self._stop
         return True
+
+    def _comes_in(self, position: np.ndarray, back: np.ndarray, forth: np.ndarray) -> bool:
+        """Whether coordinates that are still outside only move inwards until the stop ends."""
+        low, high = position < self._lower - TOLERANCE, position > self._upper + TOLERANCE
+        if not low.any() and not high.any():
+            return True
+        end = np.array(self._spare.at_time(self._spare.duration)[0])
+        inwards = np.where(low, (back > -_STILL) & (end > forth - _STILL), (forth < _STILL) & (end < back + _STILL))
+        return bool(inwards[low | high].all())

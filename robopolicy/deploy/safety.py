@@ -393,7 +393,7 @@ class SafetyFilter:
                 near = near if inside is None else inside
             if not motion.propose(near, None, speed, self._admits):
                 motion.brake()
-        motion.close(self.lower, self.upper)
+        motion.close()
         if workspace is not None:
             workspace.close(motion.position)
         return taken
