@@ -69,7 +69,10 @@ class PolicyConfig(Config):
                 f"n_obs_steps - 1 + n_action_steps = {needed} exceeds horizon {self.horizon}; raise it or execute fewer actions"
             )
         if self.target_time and (self.path["type"] != "flow" or self.prediction != "flow" or self.frozen_above is not None):
-            raise ValueError("target_time needs path: {type: flow}, prediction: flow and no frozen_above")
+            raise ValueError(
+                "target_time needs path: {type: flow}, prediction: flow and no frozen_above (to fine-tune such a policy by dppo, "
+                "set method.tuned_steps=null)"
+            )
         clip, mode = self.sampler.get("clip"), self.normalize.get("action", self.default_normalize)
         if clip is not None and clip < {"meanstd": 3.0, "quantile": 1.5}.get(mode, 0.0):
             raise ValueError(f"sampler.clip {clip} cuts off actions normalised by {mode}, which go beyond; set clip: null")

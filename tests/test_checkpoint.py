@@ -99,3 +99,6 @@ def test_a_folder_without_checkpoints_says_so(tmp_path: Path) -> None:
         find_policy(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_policy(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is an export"):
+        find_policy(tmp_path)

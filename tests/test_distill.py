@@ -185,13 +185,43 @@ def test_finetune_and_train_take_a_student(teacher: str, store: Path, tmp_path: 
         "ppo.bc.source=demonstrations",
     ]
     out = ["--out", str(tmp_path / "rl")]
-    assert main(["finetune", str(tmp_path / "s"), "--method", "reinflow", *out, *arguments]) == 0
+    assert main(["finetune", str(tmp_path / "s"), "--method", "reinflow", *out, *arguments, "ppo.lr=1e-5"]) == 0
+    student, tuned = load_policy(tmp_path / "s"), load_policy(tmp_path / "rl")
+    seen = {"x": np.random.default_rng(0).normal(size=(16, 2, 2)).astype(np.float32)}
+    few, many = (
+        torch.as_tensor(p.act(seen, torch.Generator().manual_seed(0)))
+        for p in (student, student.varied(sampler=tuned.config.sampler))
+    )
+    after = torch.as_tensor(tuned.act(seen, torch.Generator().manual_seed(0)))
+    spread = float(many.std())
+    assert float((after - many).abs().max()) < 0.1 * spread  # one small iteration hardly moves it
+    assert float((few - many).square().mean().sqrt()) < 0.5 * spread  # and the walk in many steps is one that it knows
     assert main(["train", "--resume", str(tmp_path / "s")]) == 2
     assert "distill --resume" in capsys.readouterr().err
     assert main(["distill", "--resume", str(tmp_path / "rl")]) == 2
     assert "is a run of finetune" in capsys.readouterr().err
     assert main(["distill", "--resume", teacher]) == 2
     assert "is a run of train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["same_noise", "regression", "mip"])
+def test_a_student_is_not_walked_where_it_was_never_trained(
+    method: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, other = str(tmp_path / "s"), str(tmp_path / "other")
+    assert main(["distill", teacher, "--method", method, "--steps", "2", "--out", student, *SHORT]) == 0
+    own = ["--episodes", "2", "--num-envs", "2"]
+    assert main(["eval", student, *own]) == 0  # by its own steps it acts
+    both = ["compose", student, teacher, "sampler.type=euler"]
+    for command in (
+        ["finetune", student],
+        [*both, "sampler.num_steps=4", "--out", other],
+        *([["eval", student, *own, "--steps", "3"], ["export", student, "--steps", "3"]] if method == "same_noise" else []),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert f"was distilled by {method}" in capsys.readouterr().err
+    assert main([*both, "sampler.num_steps=1", "--out", other]) == 0
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------------

@@ -382,3 +382,27 @@ def test_the_eval_verb_injects_a_delay(tmp_path: Path, capsys: pytest.CaptureFix
     assert (figures["delay"], figures["planner"]) == (2, {"type": "rtc"})
     assert main([*command, "--executor", "rtcc"]) == 2
     assert "did you mean 'rtc'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "planner", "executor", "replan"),
+    [
+        (["{type: rti, columns: [1], t_change: 0.5}"], {"type": "rti", "columns": [1], "t_change": 0.5}, "latest", 4),
+        (["{type: rtc_identity, limit: 2}", "--replan", "3"], {"type": "rtc", "jacobian": "identity", "limit": 2}, "latest", 3),
+        (["{type: ensemble, m: 0.1}"], {"type": "plain"}, {"type": "ensemble", "m": 0.1}, 2),
+    ],
+)
+def test_settings_of_planner_and_executor_are_given_in_the_shell(
+    asked: list[str], planner: dict[str, Any], executor: Any, replan: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy().save(tmp_path, {"task": {"name": "toys:Dot", "args": {}}})
+    command = ["eval", str(tmp_path), "--delay", "2", "--episodes", "2", "--executor"]
+    assert main([*command, *asked]) == 0
+    (found,) = (tmp_path / "eval").glob("*/realtime.json")  # beside the policy, in a folder that the settings name
+    figures = json.loads(found.read_text())
+    assert (figures["planner"], figures["replan"]) == (planner, replan)
+    assert figures["executor"] == ({"type": executor} if isinstance(executor, str) else executor)
+    capsys.readouterr()
+    for wrong, message in (("{type: rti, colums: [1]}", "colums"), ("[rti]", "give a name"), ("{m: 1}", "unknown executor")):
+        assert main([*command, wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -59,12 +59,15 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from robopolicy.data.rollouts import origin_of
+    from robopolicy.distill.times import check_walk
     from robopolicy.provenance import provenance
 
     torch.set_num_threads(args.threads)
     loaded = [_load(path, args) for path in parents]
     spec = loaded[0][1]
     policy = build(args, [policy for policy, _ in loaded], overrides)
+    for path in parents:
+        check_walk(policy, path)
     folder = args.out or Path("outputs") / "compose"
     prediction = _predict(args, policy, parents)
     if prediction is not None:

@@ -25,7 +25,7 @@ from robopolicy.config import Config
 from robopolicy.deploy.chunk import Chunk
 from robopolicy.deploy.executor import Executor, make_executor
 from robopolicy.deploy.planner import Planner, Previous, make_planner
-from robopolicy.errors import EvaluationError
+from robopolicy.errors import ConfigError, EvaluationError, nearest
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, check_seeds
 from robopolicy.evaluate.run import check_fit, noise_generator, record
 from robopolicy.policy import Policy
@@ -46,6 +46,31 @@ MODES: Mapping[str, tuple[Setting, Setting]] = {
     "streaming": ("streaming", "latest"),
     "bid": ("bid", "latest"),
 }
+
+EACH_TICK = ("ensemble",)  # of these, those that blend all chunks: as published they plan as often as inference allows
+
+
+def mode(setting: Setting) -> tuple[str, Setting, Setting]:
+    """Name, planner and executor of one of :data:`MODES`, by name or as ``{type: rti, columns: [6]}``.
+
+    Settings are the planner's; where that is plain, and has none, the executor's. Raises ConfigError for an unknown name.
+    """
+    if not isinstance(setting, str | Mapping):
+        raise ConfigError(f"executor {setting}: give a name, or settings with a type, for example {{type: rti, t_start: 0.8}}")
+    asked = _mapping(setting)
+    name = str(asked.pop("type", None))
+    if name not in MODES:
+        raise ConfigError(f"unknown executor '{name}': {nearest(name, MODES)}")
+    planner, executor = MODES[name]
+    if not asked:
+        return name, planner, executor
+    if planner == "plain":
+        return name, planner, {**_mapping(executor), **asked}
+    return name, {**_mapping(planner), **asked}, executor
+
+
+def _mapping(setting: Setting) -> dict[str, object]:
+    return {"type": setting} if isinstance(setting, str) else dict(setting)
 
 
 class RealTime(Config):
@@ -158,7 +183,7 @@ def evaluate_delayed(
     replan = replan_interval(delay, policy.n_action_steps, plan.rows) if replan is None else replan
     if delay < 0 or replan < max(delay, 1):
         raise EvaluationError(f"delay {delay}, replan {replan}: expected 0 <= delay <= replan, and replan at least 1 tick")
-    setting: dict[str, object] = {"type": executor} if isinstance(executor, str) else dict(executor)
+    setting = _mapping(executor)
     waits = setting["type"] == "receding"
     if waits:
         setting.setdefault("rows", replan)
@@ -189,7 +214,7 @@ def evaluate_delayed(
     return Delayed(
         evaluation,
         RealTime(
-            planner={"type": planner} if isinstance(planner, str) else dict(planner),
+            planner=_mapping(planner),
             executor=setting,
             delay=delay,
             replan=replan,

@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from robopolicy.distill.times import check_walk
     from robopolicy.evaluate.commands import override_steps
     from robopolicy.policy import load_policy
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     policy = load_policy(args.checkpoint)
     if args.steps is not None:
         override_steps(policy, args.steps)
+        check_walk(policy, args.checkpoint)
     folder = args.out or Path(args.checkpoint) / "export" / (args.to + (f"_steps{args.steps}" if args.steps else ""))
     manifest = export(policy, folder, args.to, batch=args.batch, checkpoint=args.checkpoint).manifest
     sizes = {name: (folder / graph.file).stat().st_size for name, graph in manifest.graphs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ examples:
   robopolicy eval outputs/lift_flow --task lift --seeds 250000 --episodes 100 --workers 2
   robopolicy eval runs/seed0 runs/seed1 runs/seed2 --episodes 200   # training seeds, pooled
   robopolicy eval outputs/pusht_flow --delay 4 --executor rtc       # as if inference took 4 control steps (docs/realtime.md)
+  robopolicy eval outputs/lift_flow --delay 4 --executor '{type: rti, columns: [6]}' --replan 6
 
 Seeds of demonstrations start at 0, of validation during training at 100000, of tests at 200000, of searches at 300000: a
 policy never meets its test episodes before the test. The noise of the policy is seeded too: the same command gives the same
@@ -42,8 +44,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor",
         default="latest",
-        metavar="NAME",
-        help="with --delay: pause, latest, ensemble, rtc, rtc_identity, rtc_trained, rti, streaming or bid (default latest)",
+        metavar="NAME|YAML",
+        help="with --delay: pause, latest, ensemble, rtc, rtc_identity, rtc_trained, rti, streaming or bid, or one with "
+        "settings, '{type: rti, columns: [6]}' (default latest)",
+    )
+    parser.add_argument(
+        "--replan", type=count, metavar="TICKS", help="with --delay: control steps between inferences (default: as fits)"
     )
 
 
@@ -104,18 +110,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     """Run one policy as if inference took ``args.delay`` control steps."""
-    from robopolicy.deploy.delayed import MODES, evaluate_delayed
+    from robopolicy.config import apply_overrides
+    from robopolicy.deploy.delayed import EACH_TICK, evaluate_delayed, mode
     from robopolicy.evaluate.record import write_json
     from robopolicy.policy import Policy
 
-    if args.executor not in MODES:
-        raise EvaluationError(f"--executor {args.executor}: {nearest(args.executor, MODES)}")
+    setting = apply_overrides({}, [f"executor={args.executor}"])["executor"]
+    name, planner, executor = mode(setting)
+    replan = max(args.delay, 1) if args.replan is None and name in EACH_TICK else args.replan
     if len(args.checkpoints) > 1 or args.film:
         raise EvaluationError("--delay takes one checkpoint, and no --film; leave these out")
     policy, spec = load(args.checkpoints[0], args)
     if not isinstance(policy, Policy):
         raise EvaluationError(f"--delay: '{args.checkpoints[0]}' is an export; planners need the checkpoint behind it")
-    planner, executor = MODES[args.executor]
     done = evaluate_delayed(
         policy,
         spec,
@@ -123,12 +130,14 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         delay=args.delay,
         planner=planner,
         executor=executor,
+        replan=replan,
         num_envs=args.num_envs,
         num_workers=args.workers,
         noise_seed=args.noise_seed,
         name=args.checkpoints[0],
     )
-    folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{args.executor}_{args.delay}")
+    how = re.sub(r"\W+", "_", args.executor).strip("_") + (f"_replan{args.replan}" if args.replan else "")
+    folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{how}_{args.delay}")
     done.evaluation.save(folder / "eval.json")
     write_json(folder / "realtime.json", done.realtime.model_dump(mode="json"))
     print("\n".join([*done.lines(), f"figures          {folder}"]))
@@ -203,11 +212,13 @@ def load(path: str, args: argparse.Namespace) -> tuple[Actor, TaskSpec]:
 
 
 def _load_checkpoint(path: str, args: argparse.Namespace) -> Policy:
+    from robopolicy.distill.times import check_walk
     from robopolicy.policy import load_policy
 
     policy = load_policy(path, args.device)
     if args.steps is not None:
         override_steps(policy, args.steps)
+        check_walk(policy, path)
     return policy
 
 

@@ -141,6 +141,10 @@ def find_policy(path: str | Path) -> Path:
         )
     if (path / "policy.json").exists():
         return path
+    if (path / "manifest.json").exists():
+        raise CheckpointError(
+            f"'{path}' is an export, graphs that only act; name the checkpoint it was made from (in its manifest.json)"
+        )
     for folder in (CheckpointFolder(path / "checkpoints"), CheckpointFolder(path)):
         if steps := folder.steps():
             return folder.path(steps[-1])

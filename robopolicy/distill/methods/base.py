@@ -66,6 +66,11 @@ class Method(ABC):
         """Whether it learns from demonstrated actions instead of the teacher's."""
         return bool(getattr(self.config, "source", "teacher") == "data")
 
+    @property
+    def times(self) -> tuple[float, ...] | None:
+        """The only times at which the student's network is trained; None: everywhere. A sampler must not stop at others."""
+        return None
+
     @abstractmethod
     def policy(self) -> Mapping[str, Any]:
         """What the student's policy has besides ``path: flow``: prediction, sampler, whether it hears the target time."""

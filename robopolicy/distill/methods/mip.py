@@ -26,6 +26,10 @@ class MIP(Method):
 
     DEFAULTS = {"warm_start": False}
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return (1.0, self.config.second)
+
     def policy(self) -> Mapping[str, Any]:
         sampler = {"type": "consistency", "num_steps": 2, "noise": 0.0, "times": [1.0, self.config.second]}
         return {"prediction": "x0", "initial_noise": 0.0, "sampler": sampler}

@@ -20,6 +20,10 @@ class Regression(Method):
 
     DEFAULTS = {"warm_start": False}
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return (1.0,)
+
     def policy(self) -> Mapping[str, Any]:
         return {"prediction": "x0", "initial_noise": 0.0, "sampler": {"type": "consistency", "num_steps": 1, "noise": 0.0}}
 

@@ -22,6 +22,10 @@ class SameNoise(Method):
     class Config(base.Config):
         pass
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return (1.0,)
+
     def policy(self) -> Mapping[str, Any]:
         return {"prediction": "flow", "sampler": {"type": "euler", "num_steps": 1}}
 

@@ -1,0 +1,43 @@
+"""Which steps a distilled policy knows. Some methods train the network at the few times where its own sampler stops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from robopolicy.config import component
+from robopolicy.distill.methods.base import Method
+from robopolicy.distill.methods.registry import METHODS
+from robopolicy.errors import ConfigError
+from robopolicy.policy import Policy, read_provenance
+
+
+def trained_times(provenance: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """The only times at which a network was trained, by the provenance of its checkpoint; None: everywhere, or not known."""
+    if "teacher" not in provenance:
+        return None
+    with contextlib.suppress(ConfigError):  # a method of somebody's own, which is not installed here
+        cls, config = component("method", provenance["method"], METHODS)
+        method: Method = cls(config)
+        return method.times
+    return None
+
+
+def check_walk(policy: Policy, checkpoint: str) -> None:
+    """Raise ConfigError when ``policy``, made of ``checkpoint``, is walked through times at which its network was never trained.
+
+    That would run, and give any chunk at all.
+    """
+    provenance = read_provenance(checkpoint)
+    trained = trained_times(provenance)
+    if trained is None:
+        return
+    known = trained if policy.config.path["type"] == "flow" else trained[:1]  # t = 1 is noise on every path
+    strange = [t for t in policy.sampler.times(policy.path)[:-1] if all(abs(t - own) > 1e-6 for own in known)]
+    if strange:
+        raise ConfigError(
+            f"'{checkpoint}' was distilled by {provenance['method']['type']}: its network knows t = "
+            f"{', '.join(f'{t:g}' for t in trained)}, and this sampler asks it at {strange[0]:.3g} too; keep its {len(trained)} "
+            "step(s), or distil by reflow or ctm, which know every time"
+        )
