@@ -95,9 +95,9 @@ def measure(loop: ControlLoop, seconds: float | None, episodes: int | None) -> d
     while (seconds is not None and ran < seconds) or (episodes is not None and len(lengths) < episodes):
         if loop.reset(seed):
             refused += 1
-        begin = loop.clock.now()
+        begin = loop.log.count
         loop.run(EPISODE, until=lambda: robot.success)
-        lengths.append(loop.clock.now() - begin)
+        lengths.append((loop.log.count - begin + loop.skipped) * loop.dt)
         ran += lengths[-1]
         successes += robot.success
         stopped += loop.safety.mode in ("stopped", "estopped")
