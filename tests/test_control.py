@@ -198,6 +198,85 @@ def test_a_new_episode_begins_anew() -> None:
     assert second["target"][:, 0].max() <= 1e-6, "no plan of the old episode is carried out"
 
 
+def jump_free(sent: list[tuple[float, np.ndarray]]) -> bool:
+    """No set point breaks the limits of the filter on the way from the one before."""
+    positions = np.array([position for _, position in sent])
+    return bool(np.abs(np.diff(positions, 3, axis=0)).max() <= 100.0 * 0.004**3 * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("end", ["holding", "braking", "estop"])
+def test_a_reset_from_any_end_begins_where_the_robot_is(end: str) -> None:
+    cell = Cell()
+    cell.planner.value = np.array([0.9, 0.0], np.float32)
+    cell.loop.run(0.6)
+    if end == "holding":
+        cell.robot.age = 0.3
+        cell.loop.run(0.02)
+        assert cell.safety.mode is Mode.HOLDING
+        cell.robot.age = 0.0
+    else:
+        cell.safety.stop() if end == "braking" else cell.safety.estop()
+        cell.loop.run(0.008)
+        assert not cell.safety.still
+    refused = cell.loop.reset()
+    assert jump_free(cell.robot.sent), "it stands before it is reset"
+    assert [reason.kind for reason in refused] == (["estopped"] if end == "estop" else [])
+    cell.robot.sent.clear()
+    cell.loop.run(0.1)
+    if end == "estop":
+        return
+    assert jump_free(cell.robot.sent)
+    assert np.abs(cell.robot.sent[0][1]).max() < 1e-4, "the robot was brought to 0"
+
+
+@pytest.mark.parametrize("method", ["state", "observe", "targets", "command"])
+def test_an_exception_in_a_period_stops_the_arm_smoothly(method: str) -> None:
+    cell = Cell()
+    cell.planner.value = np.array([0.9, 0.0], np.float32)
+    cell.loop.run(0.6)
+    works, calls = getattr(cell.robot, method), []
+
+    def broken(*args: Any) -> Any:
+        calls.append(args)
+        if method != "command" or len(calls) == 1:  # a robot that takes no command at all cannot be braked
+            raise OSError("bus")
+        return works(*args)
+
+    setattr(cell.robot, method, broken)
+    with pytest.raises(OSError, match="bus"):
+        cell.loop.run(0.5)
+    assert cell.safety.still
+    assert cell.robot.stopped
+    assert "bus" in str(cell.safety.cause)
+    assert method == "command" or jump_free(cell.robot.sent)
+    assert cell.robot.at == pytest.approx(cell.safety.set_point)
+    cell.robot.stopped = False
+    cell.loop.close()
+    assert cell.robot.stopped, "closing needs no measurement"
+
+
+def test_a_robot_that_takes_no_commands_is_stopped_and_the_engine_closed() -> None:
+    cell = Cell(threaded=True)
+    cell.planner.value = np.array([0.9, 0.0], np.float32)
+    cell.loop.run(0.6)
+
+    def broken(_: np.ndarray) -> None:
+        raise OSError("bus")
+
+    cell.robot.command = broken  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="bus"):
+        cell.loop.close()
+    assert cell.robot.stopped
+    assert cell.engine._thread is None
+
+
+def test_a_start_from_an_old_measurement_is_refused() -> None:
+    cell = Cell()
+    cell.loop.run(0.2)
+    cell.robot.age = 0.2
+    assert [str(reason) for reason in cell.loop.reset()] == ["stale state: 0.2, limit 0.15"]
+
+
 def test_stale_measurements_hold_the_arm() -> None:
     cell = Cell()
     cell.loop.run(0.2)

@@ -120,6 +120,18 @@ def test_what_remains_starts_at_now(setting: str) -> None:
 
 
 @pytest.mark.parametrize("setting", ["latest", "ensemble"])
+@pytest.mark.parametrize("jitter", [-0.001, -1e-8, 0.0, 1e-8, 0.001])
+def test_what_remains_starts_at_the_nearest_row(setting: str, jitter: float) -> None:
+    """Observations come a little early or late; the new plan's row 0 must meet the old plan's row for that time."""
+    executor = make_executor(setting)
+    executor.add(chunk(0, 0))
+    left = executor.remaining(4 * DT + jitter)
+    assert left is not None
+    assert left.actions[:, 0].tolist() == [4, 5, 6, 7]
+    assert executor.remaining(7.9 * DT) is None, "the row that is nearest is not planned"
+
+
+@pytest.mark.parametrize("setting", ["latest", "ensemble"])
 def test_rows_around_now_for_interpolation(setting: str) -> None:
     executor = make_executor(setting)
     executor.add(chunk(0, 0))

@@ -274,7 +274,7 @@ def torture(
             state = adversary.outside() if rng.random() < 0.3 else adversary.inside()
             if not unseated and not reseat:
                 state = safety.set_point
-            if not safety.start(state, reseat=reseat):
+            if not safety.start(state, Stamp(0.0), 0.0, reseat=reseat):
                 last = None
                 if unseated or reseat:
                     judge.seat(state)

@@ -128,26 +128,35 @@ class ControlLoop:
         self._next_observation: float | None = None  # the first plan is made when the arm is about to move
         self._rows_left = 0
         self._starved_now = self._missed_now = self.skipped = self.missed = self.starved = 0
-        return self.safety.start(self.robot.state().positions, reseat=True)
+        state = self.robot.state()
+        return self.safety.start(state.positions, state.stamp, self.clock.now(), reseat=True)
 
     def run(self, seconds: float, until: Callable[[], bool] | None = None) -> None:
         """Run for so long, or until ``until()`` or the safety filter has stopped the arm for good and it stands.
 
-        May be called again to go on. Raises what inference raises while the first plan is waited for.
+        May be called again to go on. Raises what inference raises while the first plan is waited for, and what anything in a
+        period raises; before that it stops the arm smoothly.
         """
         with quiet(self.config, self.notes):
-            if self._next_observation is None:
-                self._next_observation = self._first_plan() + self.row
-            ticker, periods = Ticker(self.clock, self.dt), round(seconds / self.dt)
-            last = -1
-            while last + 1 < periods:
-                tick = ticker.wait()
-                self.step(tick)
-                last = tick.number
-                if until is not None and until():
-                    break
-                if self.safety.mode in (Mode.STOPPED, Mode.ESTOPPED) and self.safety.still:
-                    break
+            try:
+                self._run(seconds, until)
+            except BaseException as error:  # an interrupt, too
+                self._end(repr(error))
+                raise
+
+    def _run(self, seconds: float, until: Callable[[], bool] | None) -> None:
+        if self._next_observation is None:
+            self._next_observation = self._first_plan() + self.row
+        ticker, periods = Ticker(self.clock, self.dt), round(seconds / self.dt)
+        last = -1
+        while last + 1 < periods:
+            tick = ticker.wait()
+            self.step(tick)
+            last = tick.number
+            if until is not None and until():
+                break
+            if self.safety.mode in (Mode.STOPPED, Mode.ESTOPPED) and self.safety.still:
+                break
 
     def _first_plan(self) -> float:
         """Wait for it, standing. Its rows count from when the arm starts to move, which is returned."""
@@ -164,17 +173,23 @@ class ControlLoop:
 
     def close(self) -> None:
         """Stop the arm smoothly, then the engine."""
-        self._stand("closed")
-        self.robot.stop()
-        self.engine.close()
+        try:
+            self._end("closed")
+        finally:
+            self.engine.close()
+
+    def _end(self, why: str) -> None:
+        try:
+            self._stand(why)
+        finally:  # also of a robot that takes no commands any more
+            self.robot.stop()
 
     def _stand(self, why: str) -> None:
-        """Bring the set point to rest."""
+        """Bring the set point to rest. Needs no measurements: the robot may have none to give."""
         self.safety.stop(why)
         ticker = Ticker(self.clock, self.dt)
         while not self.safety.still:
-            state = self.robot.state()
-            self._send(self.safety(ticker.wait().start, state.positions, None, stamps={}).executed)
+            self._send(self.safety(ticker.wait().start, self.safety.set_point, None, stamps={}).executed)
 
     # ---- one period ----------------------------------------------------------------------------------------------------------
 

@@ -102,14 +102,22 @@ class Executor(ABC):
         return np.stack([row for _, row in found]), found[0][0], dt
 
     def remaining(self, now: float) -> Chunk | None:
-        """What is planned from ``now`` on, the row of ``now`` first; None when nothing is."""
+        """What is planned from ``now`` on, the row nearest to ``now`` first; None when nothing is.
+
+        The nearest, not the one that is due: a plan from an observation at ``now`` has rows of its own, and observations come a
+        little early or late.
+        """
         grid = self._grid(now)
         if grid is None:
             return None
         start, dt = grid
+        if now - start > dt / 2:
+            start += dt
         actions: list[np.ndarray] = []
         while (row := self.planned(start + len(actions) * dt)) is not None:
             actions.append(row)
+        if not actions:
+            return None
         return Chunk(np.stack(actions), start, dt, start, self._index)
 
     @abstractmethod

@@ -125,25 +125,28 @@ class SafetyFilter:
         self._seated = False
         self._now: float | None = None
         self._held_since: float | None = None
+        self._held = 0  # calls
         self._guard = True  # the next command is a first one
         self._leash = 1.0
         self._offsets: dict[str, deque[float]] = {}
 
     # ---- what people and programs ask for ------------------------------------------------------------------------------------
 
-    def start(self, state: np.ndarray, *, reseat: bool = False) -> tuple[Reason, ...]:
-        """Begin to run from the measured positions ``state [n]``. Returns why not; empty when it runs.
+    def start(self, state: np.ndarray, stamp: Stamp, now: float, *, reseat: bool = False) -> tuple[Reason, ...]:
+        """Begin to run from the measured positions ``state [n]`` of ``stamp``. Returns why not; empty when it runs.
 
         After a stop the set point that was held goes on, and a measured position too far from it is a reason to refuse:
         something moved the arm. ``reseat`` then lets the set point jump to the measured position, which stops the servos pushing.
         """
         if self.mode in (Mode.RUNNING, Mode.HOLDING):
-            return ()
+            return (Reason("start_running", "stop first"),) if reseat else ()
         state = np.asarray(state, np.float64)
         if self.mode is Mode.ESTOPPED:
             return (Reason("estopped", "reset first"),)
         if state.shape != self.lower.shape or not np.isfinite(state).all():
             return (Reason("state_not_finite", self._first_bad(state)),)
+        if not (age := self._age(now, stamp)) <= self.limits.freshness.state:  # the arm may be elsewhere by now
+            return (Reason("stale", "state", age, self.limits.freshness.state),)
         seat = reseat or not self._seated
         if seat and not self._motion.still():
             return (Reason("start_moving", "the set point still decelerates"),)
@@ -261,8 +264,11 @@ class SafetyFilter:
         self._motion.brake()
         self._guard = True
         if self.mode is Mode.RUNNING:
-            self.mode, self.cause, self._held_since = Mode.HOLDING, why, self._now
-        elapsed = self._now - self._held_since if self._now is not None and self._held_since is not None else 0.0
+            self.mode, self.cause, self._held_since, self._held = Mode.HOLDING, why, self._now, 0
+        self._held += 1
+        elapsed = self._held / self.limits.rate  # a clock that stands or goes back does not make a hold shorter
+        if self._now is not None and self._held_since is not None:
+            elapsed = max(elapsed, self._now - self._held_since)
         if why.kind in ("tracking", "start_far") or elapsed > self.limits.auto_resume:
             self._latch(Mode.STOPPED, why)
 
