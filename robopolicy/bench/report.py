@@ -13,7 +13,8 @@ import numpy as np
 from markupsafe import Markup
 
 from robopolicy.bench.latency import Samples
-from robopolicy.bench.samples import PERCENTILES, histogram, summarize
+from robopolicy.bench.samples import histogram, summarize
+from robopolicy.deploy.latency import PERCENTILES
 from robopolicy.evaluate.record import write_json
 from robopolicy.evaluate.report import Section, write_report
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
+from robopolicy.deploy.latency import PERCENTILES, percentiles
 
 
 class Summary(NamedTuple):
@@ -23,8 +23,8 @@ class Summary(NamedTuple):
 
 def summarize(values: np.ndarray) -> Summary:
     """Of a sample ``[n]``, n at least 1. With n below 1000 the 99.9 % is the largest value."""
-    levels = np.quantile(values, list(PERCENTILES.values()), method="inverted_cdf")
-    return Summary(len(values), float(values.mean()), dict(zip(PERCENTILES, levels.tolist(), strict=True)), float(values.max()))
+    found = percentiles(values)
+    return Summary(len(values), float(values.mean()), {name: found[name] for name in PERCENTILES}, found["max"])
 
 
 class Histogram(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-PERCENTILES = (50.0, 95.0, 99.0, 99.9)
+PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 
 class Recorder:
@@ -32,11 +32,11 @@ class Recorder:
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:
-    """``p50, p95, p99, p99.9, max`` of ``values``; NaN when there are none."""
+    """``p50, p95, p99, p99.9, max`` of ``values``, each an observed value; NaN when there are none."""
     if not len(values):
-        return {f"p{q:g}": math.nan for q in PERCENTILES} | {"max": math.nan}
-    found = np.percentile(values, PERCENTILES)
-    return {f"p{q:g}": float(value) for q, value in zip(PERCENTILES, found, strict=True)} | {"max": float(values.max())}
+        return dict.fromkeys((*PERCENTILES, "max"), math.nan)
+    found = np.quantile(values, list(PERCENTILES.values()), method="inverted_cdf")
+    return dict(zip(PERCENTILES, found.tolist(), strict=True)) | {"max": float(values.max())}
 
 
 class DelayEstimate:
