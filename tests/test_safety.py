@@ -506,6 +506,52 @@ def test_a_start_outside_the_box_is_refused_or_only_comes_in() -> None:
     assert height == 0.004
 
 
+class Elbow:
+    """A tool at ``x, y, z`` and an elbow at the height of a fourth coordinate."""
+
+    names = ("tool", "elbow")
+    levers = None
+
+    def points(self, coordinates: np.ndarray) -> np.ndarray:
+        return np.array([coordinates[:3], [0.0, 0.0, coordinates[3]]])
+
+    def jacobians(self) -> np.ndarray:
+        found = np.zeros((2, 3, 4))
+        found[0, :, :3], found[1, 2, 3] = np.eye(3), 1.0
+        return found
+
+
+def test_the_table_is_for_every_point_and_the_box_for_the_tool() -> None:
+    place = {"unit": "m", "lower": -1.0, "upper": 1.0, "velocity": 1.0, "acceleration": 5.0, "jerk": 100.0}
+    document = {
+        "coordinates": [{"name": name, **place} for name in ("x", "y", "z", "elbow")],
+        "workspace": {"lower": [-0.3, -0.3, 0.1], "upper": [0.3, 0.3, 0.5], "table": 0.05},
+        "ramp": 1.0,
+    }
+    safety, q = SafetyFilter(SafetyLimits.model_validate_json(json.dumps(document)), Elbow()), np.array([0.0, 0.0, 0.3, 0.8])
+    assert safety.start(q, Stamp(0.0), 0.0) == ()
+    for k in range(1500):
+        result = safety(k * DT, q, np.array([0.0, 0.0, 0.3, -0.5]), stamps={"state": Stamp(k * DT)})
+        assert result.executed is not None
+        q = result.executed
+    assert q == pytest.approx([0.0, 0.0, 0.3, 0.055], abs=1e-4)  # above the box, as it may be, and not below the table
+    assert ("workspace", "elbow.z") in [(reason.kind, reason.what) for reason in result.reasons]
+
+
+def test_a_stop_is_looked_at_to_its_end_and_a_widened_box_closes() -> None:
+    found, kinematics, _ = SETUPS["cartesian"]()
+    assert found.workspace is not None
+    workspace, still = Workspace(found.workspace, kinematics), np.ones(6)
+    inside, outside = np.array([0.3, 0.0, 0.3, 0.0, 0.0, 0.0]), np.array([0.19, 0.0, 0.3, 0.0, 0.0, 0.0])
+    assert workspace.admits(inside, still, 0.2, lambda time: inside)
+    assert not workspace.admits(inside, still, 0.2, lambda time: outside if time > 0.15 else inside)
+    assert not workspace.admits(outside, still, 0.2, lambda time: inside)
+    workspace.seat(outside)
+    assert workspace.admits(outside, still, 0.2, lambda time: inside)
+    workspace.close(inside)
+    assert not workspace.admits(outside, still, 0.2, lambda time: inside)
+
+
 def test_levers_bound_how_far_points_move() -> None:
     kinematics, rng = ArmKinematics(), np.random.default_rng(0)
     assert kinematics.levers is not None
