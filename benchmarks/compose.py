@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from robopolicy.cli import main as robopolicy
-from robopolicy.compose.policy import Composed, compose, mean_sampler
+from robopolicy.compose.policy import Composed, compose, plain_sampler
 from robopolicy.compose.search import Search
 from robopolicy.data.episodes import Episodes, FeatureSource
 from robopolicy.evaluate.paired import compare
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     others: dict[str, Composed] = {
         "and": both,
         "or": compose(parents, rule="or", sampler={**sampler, "mode": "or"}),
-        "mean, same stochastic sampler": both.varied(rule="convex", weights=[0.5, 0.5], sampler=mean_sampler(both)),
+        "mean, same stochastic sampler": both.varied(rule="convex", weights=[0.5, 0.5], sampler=plain_sampler(both)),
     }
     options = argparse.Namespace(
         points=5, search_episodes=args.search_episodes, on="score", seeds="test", episodes=args.episodes, num_envs=50, workers=0,

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toys import Dot
 
 from robopolicy.cli import main
-from robopolicy.compose.policy import Composed
-from robopolicy.compose.search import simplex
+from robopolicy.compose.policy import Composed, compose
+from robopolicy.compose.search import _alone, simplex
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.evaluate.run import SEEDS
@@ -135,6 +136,18 @@ def test_a_superposition_is_tested_against_its_own_noise(parents: list[str], tmp
     assert value["path"]["type"] == "vp_cosine"
     assert "mean, same stochastic sampler" in [control["name"] for control in value["test"]["controls"]]
     assert load_policy(tmp_path).config.model_dump()["rule"] == "and"
+
+
+def test_alone_is_alone_also_by_the_stochastic_sampler(parents: list[str]) -> None:
+    loaded = [load_policy(parent) for parent in parents]
+    both = compose(loaded, rule="and", path=loaded[0].config.path)
+    alone = _alone(both, 0)
+    assert alone.sampler.eta == 1
+    assert alone.sampler.num_steps(alone.path) == both.sampler.num_steps(both.path)
+    obs = {name: np.zeros((2, 1, *f.shape), f.dtype) for name, f in both.observation_features.items()}
+    own = loaded[0].varied(sampler=alone.config.sampler)
+    chunks = [policy.act(obs, torch.Generator().manual_seed(0)) for policy in (alone, own)]
+    assert np.array_equal(*chunks)
 
 
 def test_a_product_and_three_parents(parents: list[str], tmp_path: Path) -> None:

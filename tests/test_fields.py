@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -238,9 +239,11 @@ def modes(x0: Tensor) -> tuple[float, float]:
 def test_and_prefers_what_both_parents_like_and_or_does_not(path: Path) -> None:
     parents = [mixture(path, MODES, shares, SPREAD) for shares in SHARES]
     found = {}
-    for mode in ("and", "or", "mean"):
+    for mode in ("and", "or"):
         sampler = Superpose(Superpose.Config(mode=mode, num_steps=50, clip=None))  # type: ignore[arg-type]
         found[mode] = modes(walk(sampler, Both(*parents), path, 1500, 2))
+    plain = DDIM(DDIM.Config(num_steps=50, eta=1, clip=None))
+    found["mean"] = modes(walk(plain, Convex(parents, [0.5, 0.5]), path, 1500, 2))
     assert found["or"][0] == pytest.approx(0.3, abs=0.05)  # a chunk of the one or of the other
     assert found["mean"][0] < 0.45
     assert found["and"][0] > found["mean"][0] + 0.1
@@ -256,10 +259,13 @@ def test_and_keeps_the_parents_equally_likely(mode: str) -> None:
     path, s = VPCosine(), 0.5
     means = [torch.tensor([[-0.6, 0.0]]), torch.tensor([[0.6, 0.3]])]
     parents = Both(*(mixture(path, mean, torch.ones(1), s) for mean in means))
-    sampler = Superpose(Superpose.Config(mode=mode, num_steps=100, clip=None))  # type: ignore[arg-type]
+    sampler: Sampler = Superpose(Superpose.Config(num_steps=100, clip=None))
+    field: Any = parents
+    if mode == "mean":
+        sampler, field = DDIM(DDIM.Config(num_steps=100, eta=1, clip=None)), Convex(parents.fields, [0.5, 0.5])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(500, 1, 2, generator=generator, dtype=torch.float64)
-    result = sampler.sample(parents, CTX, noise, path=path, generator=generator, record=True)
+    result = sampler.sample(field, CTX, noise, path=path, generator=generator, record=True)
     assert result.chain is not None
     t = result.times[-2]
     a, b = path.coefficients(t)
@@ -272,7 +278,7 @@ def test_and_keeps_the_parents_equally_likely(mode: str) -> None:
 def test_three_equal_parents_are_one_and_three_different_ones_meet() -> None:
     path = LinearFlow()
     one = gaussian(path, 0.3, 0.4)
-    for mode in ("and", "or", "mean"):
+    for mode in ("and", "or"):
         x0 = walk(Superpose(Superpose.Config(mode=mode, clip=None)), Both(one, one, one), path, 4000, 1)  # type: ignore[arg-type]
         assert float(x0.mean()) == pytest.approx(0.3, abs=0.03), mode
     corners = [mixture(path, torch.tensor([corner]), torch.ones(1), 0.5) for corner in ([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])]

@@ -57,7 +57,7 @@ class ComposedConfig(PolicyConfig):
                 f"rule '{self.rule}' is a way of sampling: it needs sampler {{type: {SUPERPOSE}, mode: '{self.rule}'}}; "
                 "to fine-tune, or for another sampler, compose with rule convex or product"
             )
-        if superposes and self.rule in ("convex", "product") and self.sampler["mode"] != "mean":
+        if superposes and self.rule in ("convex", "product"):
             raise ValueError(f"sampler superpose in mode '{self.sampler['mode']}' belongs to rule '{self.sampler['mode']}'")
         if self.sampler["type"] == "jump" or self.target_time:
             raise ValueError("parents are mixed on the way from noise to action; sampler 'jump' has no way, use euler or ddim")
@@ -290,10 +290,11 @@ def compose(
     return Composed(parse(ComposedConfig, {**chosen, **settings}, where="compose"), parents).eval()
 
 
-def mean_sampler(policy: Composed) -> dict[str, Any]:
-    """The control for ``and`` and ``or``: the same stochastic sampler, without superposition."""
+def plain_sampler(policy: Composed) -> dict[str, Any]:
+    """The control for ``and`` and ``or``: the same stochastic sampler of a plain field, without superposition."""
     assert isinstance(policy.sampler, Superpose)
-    return {**policy.config.sampler, "mode": "mean"}
+    config = policy.sampler.config
+    return {"type": "ddim", "num_steps": config.num_steps, "eta": 1.0, "clip": config.clip}
 
 
 def _component(kind: str, value: Mapping[str, Any]) -> Any:

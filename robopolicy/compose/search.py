@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from robopolicy.compose.policy import Composed, Rule, mean_sampler
+from robopolicy.compose.policy import Composed, Rule, plain_sampler
 from robopolicy.compose.predict import Prediction
 from robopolicy.config import component
 from robopolicy.errors import ConfigError, EvaluationError
@@ -303,7 +303,7 @@ class Search:
         if longer is not None:
             rivals.append((f"parent {_label(found.better)}, {count}x the steps", longer))
         if self.rule in ("and", "or"):
-            equal = base.varied(rule="convex", weights=[1 / count] * count, sampler=mean_sampler(base))
+            equal = base.varied(rule="convex", weights=[1 / count] * count, sampler=plain_sampler(base))
             rivals.append(("mean, same stochastic sampler", equal))
         elif len(set(found.chosen.weights)) > 1:
             rivals.append(("equal weights", _weighted(base, (self.total / count,) * count)))
@@ -347,7 +347,7 @@ def _weighted(base: Composed, weights: tuple[float, ...]) -> Composed:
 
 def _alone(base: Composed, index: int) -> Composed:
     """One parent by the composition's path and sampler: weight 1 for it, 0 for the others, which are then not asked."""
-    sampler = mean_sampler(base) if base.config.rule in ("and", "or") else base.config.sampler
+    sampler = plain_sampler(base) if base.config.rule in ("and", "or") else base.config.sampler
     weights = [float(i == index) for i in range(len(base.policies))]
     rule: Rule = "convex"
     return base.varied(rule=rule, weights=weights, sampler=sampler)

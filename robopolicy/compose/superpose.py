@@ -8,7 +8,8 @@ up on the way: ``dlog q_i = -(|ds| / s) |e_i|^2 - <dx, e_i> / s`` (Ito; the rele
 * ``and``: ``k`` such that all ``log q`` stay equal: a chunk that all parents find equally likely. That is the same as to drop the
   part of the noise ``n`` along which the parents disagree, and to walk to the point at the same distance from all ``e_i``,
   for two parents their mean. Written so, nothing is divided by a vanishing disagreement.
-* ``mean``: ``k`` equal, noise as it is. Not a superposition: the control that says what the noise alone does.
+
+What the noise alone does, a plain field by the same stochastic sampler says: ``ddim`` with ``eta = 1``.
 
 The step is the stochastic one of every sampler (:func:`robopolicy.generative.sampler.step_dist`, ``eta = 1``), for which
 ``2 |ds|`` above reads ``(s_t^2 - s_u^2) / s_t``: it stands the long steps from infinite noise, which Euler's would not.
@@ -40,7 +41,7 @@ from robopolicy.generative.sampler import (
 
 SUPERPOSE = "robopolicy.compose.superpose:Superpose"  # the type by which configs name it
 
-Mode = Literal["and", "or", "mean"]
+Mode = Literal["and", "or"]
 
 
 class Parents(Protocol):
@@ -58,7 +59,7 @@ class Superpose(DDIM):
         mode: As above.
         num_steps: Steps; 30 or more, the estimate of ``log q`` is one of small steps.
         clip: Bound of the mixed ``x0``.
-        temperature: Of the softmax in mode ``or``; 0 is ``mean``.
+        temperature: Of the softmax in mode ``or``.
     """
 
     class Config(Config):
@@ -120,7 +121,7 @@ class Superpose(DDIM):
         if self.config.mode == "or":
             return torch.softmax(self.config.temperature * log_q, dim=0)
         equal = torch.full_like(log_q, 1 / len(log_q))
-        if self.config.mode == "mean" or len(log_q) == 2:
+        if len(log_q) == 2:
             return equal
         # Same distance from all e_i, within the plane through them: solve <e - e_1, e_i - e_1> = |e_i - e_1|^2 / 2.
         apart = (eps[1:] - eps[:1]).transpose(0, 1)  # [B, N - 1, H A]
