@@ -169,7 +169,7 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.14 / len(tasks) + 0.01, 1, 1))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     print(f"figure {path}")
 
 
