@@ -378,15 +378,16 @@ def test_within_the_margin_it_never_turns_back() -> None:
     assert not taken(-0.02, 5.0), "a stop from here leads out again, though not as far as it began"
 
 
-def test_a_margin_that_was_left_is_not_entered_again() -> None:
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_a_margin_that_was_left_is_not_entered_again(side: float) -> None:
     motion = Motion(DT, np.ones(1), np.full(1, 5.0), np.full(1, 100.0))
-    motion.seat(np.array([0.95]), np.array([-0.9]), np.array([0.9]))
-    motion.position = np.array([0.8])
+    motion.seat(np.array([side * 0.95]), np.array([-0.9]), np.array([0.9]))
+    motion.position = np.array([side * 0.8])
     motion.close()
     for _ in range(200):
-        if not motion.propose(np.array([0.95]), None, 1.0, lambda *_: True):
+        if not motion.propose(np.array([side * 0.95]), None, 1.0, lambda *_: True):
             motion.brake()
-    assert 0.85 < motion.position[0] <= 0.9 + 1e-6
+    assert 0.85 < side * motion.position[0] <= 0.9 + 1e-6
 
 
 def test_an_arm_that_was_moved_while_it_stood_is_not_pulled_back() -> None:
