@@ -5,10 +5,10 @@ import pytest
 from robopolicy.deploy.clock import FakeClock, SystemClock, Ticker
 
 
-def test_a_million_periods_do_not_drift() -> None:
+def test_a_hundred_thousand_periods_do_not_drift() -> None:
     clock = FakeClock(1234.5)
     ticker = Ticker(clock, 0.004)
-    for k in range(1_000_000):
+    for k in range(100_000):
         tick = ticker.wait()
         clock.time += 0.0013 if k % 3 else 0.0039  # work of varying length, always within the period
     assert tick.number == 999_999

@@ -15,9 +15,11 @@ from robopolicy.deploy.clock import FakeClock, SystemClock
 from robopolicy.deploy.control import ControlConfig, ControlLoop
 from robopolicy.deploy.engine import Engine, InlineEngine
 from robopolicy.deploy.executor import make_executor
+from robopolicy.deploy.interpolate import InterpolationConfig, RotationColumns
 from robopolicy.deploy.limits import SafetyLimits, load_limits
 from robopolicy.deploy.safety import Mode, SafetyFilter
 from robopolicy.errors import ConfigError
+from robopolicy.features import Feature
 from sim.arm.robot import SimArm
 
 LIMITS = SafetyLimits.model_validate(
@@ -307,6 +309,38 @@ def test_what_does_not_fit_is_refused() -> None:
         ControlLoop(robot, engine, make_executor("latest"), SafetyFilter(other), clock)
 
 
+def test_plans_that_become_older_than_the_limits_let_through_are_refused() -> None:
+    class Long(Planned):
+        rows = 64
+
+    clock = FakeClock()
+    engine = InlineEngine(Long(), 1 / RATE, clock, torch.Generator())
+    config = ControlConfig(replan=32)
+    loop = ControlLoop(Point(clock), engine, make_executor("latest"), SafetyFilter(LIMITS), clock, config)
+    with pytest.raises(ConfigError, match="raise it, or make"):
+        loop.reset()
+
+
+def test_rotations_of_the_policy_stay_rotations() -> None:
+    """Half a turn about z, as a quaternion: entry by entry it would lead through zero."""
+    quaternion = Feature("action", (4,), "float32", "1", ("x", "y", "z", "w"), RATE)
+    columns = InterpolationConfig(rotations=(RotationColumns(start=0, representation="quat_xyzw"),))
+    cell = Cell(replan=2)
+    cell.robot.action_feature = quaternion
+    cell.planner.value = np.array([0.0, 0.0, 0.0, 1.0], np.float32)
+    cell.robot.targets = lambda action: 0.1 * action[2:]  # type: ignore[method-assign]
+    loop = ControlLoop(
+        cell.robot, cell.engine, make_executor("latest"), cell.safety, cell.clock, ControlConfig(replan=2), columns
+    )
+    assert loop.reset() == ()
+    loop.run(0.2)
+    cell.planner.value = np.array([0.0, 0.0, 1.0, 0.05], np.float32) / np.float32(np.hypot(1, 0.05))
+    loop.run(0.5)
+    actions = loop.log.rows()["action"]
+    assert np.linalg.norm(actions, axis=1) == pytest.approx(1.0, abs=1e-6)
+    assert (np.abs(actions[:, 2] - 0.5) < 0.2).any(), "it was between the two"
+
+
 def test_a_start_outside_the_limits_is_refused() -> None:
     cell = Cell()
     cell.robot.reset = lambda seed=None: setattr(cell.robot, "at", np.array([0.0, 1.3]))  # type: ignore[method-assign]
@@ -350,8 +384,8 @@ def test_in_real_time_periods_are_kept_and_everything_is_put_back() -> None:
     assert gc.isenabled()
     assert sys.getswitchinterval() == interval
     report = loop.report()
-    assert report["ticks"] + report["skipped"] == pytest.approx(150, abs=3)
+    assert report["ticks"] + report["skipped"] >= 150  # more where the last period stalled
     assert report["lateness_ms"]["p50"] < 100.0  # loosely: this machine may be busy
-    assert report["engine"]["chunks"] >= 1
+    assert report["engine"]["chunks"] >= 2, "the first plan, and those of the loop"
     loop.close()
     assert not any(thread.name == "inference" for thread in threading.enumerate())

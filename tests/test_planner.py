@@ -16,8 +16,9 @@ from robopolicy.cli import main
 from robopolicy.compose.policy import compose
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
+from robopolicy.deploy.chunk import Previous
 from robopolicy.deploy.delayed import evaluate_delayed, replan_interval
-from robopolicy.deploy.planner import BID, PLANNERS, RTI, Planner, Previous, Streaming, make_planner
+from robopolicy.deploy.planner import BID, PLANNERS, RTI, Planner, Streaming, make_planner
 from robopolicy.errors import ConfigError, EvaluationError
 from robopolicy.evaluate.record import load_evaluation
 from robopolicy.evaluate.run import evaluate

@@ -15,6 +15,7 @@ from robopolicy.deploy.control import ControlConfig, ControlLoop
 from robopolicy.deploy.engine import Engine
 from robopolicy.deploy.executor import make_executor
 from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+from robopolicy.deploy.interpolate import InterpolationConfig
 from robopolicy.deploy.limits import load_limits
 from robopolicy.deploy.planner import make_planner
 from robopolicy.deploy.safety import SafetyFilter
@@ -68,7 +69,9 @@ def run_loop(
         period = 1 / (arm.action_feature.rate or rate)
         engine = Engine(_planner(policy, planner), period, clock, torch.Generator().manual_seed(seed))
         config = ControlConfig(n_obs_steps=policy.n_obs_steps, replan=policy.n_action_steps, log_size=int(seconds * rate) + 1)
-        loop = ControlLoop(arm, engine, make_executor(executor), safety, clock, config)
+        transform = policy.config.action if isinstance(policy, Policy) else None  # an export does not say which entries turn
+        between = InterpolationConfig.of(arm.action_feature, transform)
+        loop = ControlLoop(arm, engine, make_executor(executor), safety, clock, config, between)
         if refused := loop.reset(seed):
             engine.close()
             raise EvaluationError(f"the safety filter refuses to start: {refused[0]}")
@@ -77,6 +80,8 @@ def run_loop(
             rows, report = loop.log.rows(), loop.report()
         finally:
             loop.close()
+    if "age_ms" not in report:
+        raise EvaluationError(f"the safety filter stopped the arm within {report['ticks']} periods: {safety.cause}")
     return Measured(report, rows["start"] - rows["deadline"])
 
 

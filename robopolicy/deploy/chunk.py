@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,16 @@ class Chunk:
     dt: float
     ready_time: float
     index: int
+
+
+class Previous(NamedTuple):
+    """What planners are told of the plan in progress: ``actions [B, F, A]`` from the observation's time on, in its units.
+
+    The first ``known [B]`` rows are real; the rest is padding.
+    """
+
+    actions: np.ndarray
+    known: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

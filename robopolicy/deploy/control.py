@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,10 +28,11 @@ from robopolicy.deploy.executor import Executor
 from robopolicy.deploy.interpolate import InterpolationConfig, Interpolator
 from robopolicy.deploy.latency import Log, percentiles
 from robopolicy.deploy.safety import Mode, Reason, SafetyFilter, Stamp
-from robopolicy.errors import ConfigError
+from robopolicy.errors import ConfigError, EvaluationError
 from robopolicy.robot import Robot, Sample
 
 _MODES = {mode: float(index) for index, mode in enumerate(Mode)}
+_FIRST_PLAN = 30.0  # [s] of the machine's time: inference that has not answered by then hangs
 _SWITCH_INTERVAL = 2e-4  # [s]: inference gives the interpreter up this often; Python's own 5 ms is more than a period
 
 
@@ -79,7 +81,8 @@ class ControlLoop:
         notes: What the system did not permit.
 
     Raises:
-        ConfigError: Robot and safety limits name different coordinates, or the action has no rate.
+        ConfigError: Robot and safety limits name different coordinates, or the action has no rate; from :meth:`reset`: plans
+            become older than the safety limits let through.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class ControlLoop:
         self.robot, self.engine, self.executor, self.safety, self.clock = robot, engine, executor, safety, clock
         self.config = config or ControlConfig()
         self.dt, self.row = 1.0 / safety.limits.rate, 1.0 / robot.action_feature.rate
+        engine.margin = max(engine.margin, self.dt)  # chunks are taken at the next period
         size = robot.action_feature.size
         self._interpolate = Interpolator(interpolation or InterpolationConfig.of(robot.action_feature), size)
         n = len(robot.names)
@@ -122,6 +126,11 @@ class ControlLoop:
         self._see(self.robot.observe(), first=True)
         if not self._started:
             self.engine.start(self._stacked())
+            try:
+                self._check_freshness()
+            except ConfigError:
+                self.engine.close()
+                raise
             self._started = True
         self.engine.reset()
         self._last_target: np.ndarray | None = None
@@ -130,6 +139,17 @@ class ControlLoop:
         self._starved_now = self._missed_now = self.skipped = self.missed = self.starved = 0
         state = self.robot.state()
         return self.safety.start(state.positions, state.stamp, self.clock.now(), reseat=True)
+
+    def _check_freshness(self) -> None:
+        """A plan must not become too old before the next can be there."""
+        limit, delay = self.safety.limits.freshness.command, self.engine.delay
+        rows = rows_between(delay, self.config.replan, self.engine.rows, self.row)
+        oldest = (rows + 1) * self.row + delay
+        if limit is not None and oldest > limit:
+            raise ConfigError(
+                f"{rows} rows of {self.row:.3g} s, one more and inference of {delay:.3g} s make plans {oldest:.3g} s old; "
+                f"freshness.command of the safety limits is {limit:g} s: raise it, or make 'replan' smaller"
+            )
 
     def run(self, seconds: float, until: Callable[[], bool] | None = None) -> None:
         """Run for so long, or until ``until()`` or the safety filter has stopped the arm for good and it stands.
@@ -163,9 +183,12 @@ class ControlLoop:
         sample = self.robot.observe()
         self._see(sample, first=True)
         self._ask(sample)
+        end = time.monotonic() + _FIRST_PLAN
         while (chunk := self.engine.take(waited=True)) is None:
             if self.engine.fault is not None:
                 raise self.engine.fault
+            if time.monotonic() > end:
+                raise EvaluationError(f"no plan came within {_FIRST_PLAN:g} s; inference hangs")
             self.clock.sleep_until(self.clock.now() + self.dt)
         now = self.clock.now()
         self.executor.add(Chunk(chunk.actions, now, chunk.dt, now, chunk.index))
@@ -177,6 +200,7 @@ class ControlLoop:
             self._end("closed")
         finally:
             self.engine.close()
+            self._started = False
 
     def _end(self, why: str) -> None:
         try:
@@ -236,7 +260,7 @@ class ControlLoop:
         sample = self.robot.observe()
         self._see(sample)
         self._rows_left -= 1
-        if self._rows_left <= 0 and not self.engine.busy and self.engine.fault is None:
+        if (self._rows_left <= 0 or self._starved_now) and not self.engine.busy and self.engine.fault is None:
             self._ask(sample)
 
     def _see(self, sample: Sample, first: bool = False) -> None:
@@ -332,20 +356,25 @@ def summarise(rows: np.ndarray, dt: float, safety: SafetyFilter) -> dict[str, An
 def quiet(config: ControlConfig, notes: list[str]) -> Iterator[None]:
     """As few interruptions as can be had: no garbage collection, short turns for other threads, and what the config asks for."""
     collecting, interval = gc.isenabled(), sys.getswitchinterval()
-    affinity, policy = os.sched_getaffinity(0), (os.sched_getscheduler(0), os.sched_getparam(0))
+    scheduled = hasattr(os, "sched_setscheduler")  # Linux
+    if scheduled:
+        affinity, policy = os.sched_getaffinity(0), (os.sched_getscheduler(0), os.sched_getparam(0))
+    elif config.cpu is not None or config.fifo is not None:
+        notes.append("priority and processor of control cannot be set on this system")
     gc.collect()
     gc.freeze()
     gc.disable()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
-        if config.cpu is not None:
+        if scheduled and config.cpu is not None:
             permitted(lambda: os.sched_setaffinity(0, {config.cpu or 0}), f"cpu {config.cpu}", notes)
-        if config.fifo is not None:
+        if scheduled and config.fifo is not None:
             permitted(lambda: set_fifo(config.fifo or 1), f"SCHED_FIFO {config.fifo} for control", notes)
         yield
     finally:
-        os.sched_setscheduler(0, *policy)
-        os.sched_setaffinity(0, affinity)
+        if scheduled:
+            os.sched_setscheduler(0, *policy)
+            os.sched_setaffinity(0, affinity)
         sys.setswitchinterval(interval)
         gc.unfreeze()
         if collecting:

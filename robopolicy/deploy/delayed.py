@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from robopolicy.config import Config
-from robopolicy.deploy.chunk import Chunk
+from robopolicy.deploy.chunk import Chunk, Previous
 from robopolicy.deploy.executor import Executor, make_executor
-from robopolicy.deploy.planner import Planner, Previous, make_planner
+from robopolicy.deploy.planner import Planner, make_planner
 from robopolicy.errors import ConfigError, EvaluationError, nearest
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, check_seeds
 from robopolicy.evaluate.run import check_fit, noise_generator, record

@@ -23,7 +23,7 @@ import numpy as np
 import pydantic
 
 from robopolicy.config import Config
-from robopolicy.deploy.chunk import Chunk
+from robopolicy.deploy.chunk import Chunk, Previous
 from robopolicy.deploy.clock import Clock, permitted, set_fifo
 from robopolicy.deploy.latency import DelayEstimate, Recorder
 from robopolicy.errors import EvaluationError
@@ -31,9 +31,8 @@ from robopolicy.errors import EvaluationError
 if TYPE_CHECKING:
     import torch
 
-    from robopolicy.deploy.planner import Previous
-
 T = TypeVar("T")
+_HANGS = 10.0  # [s]
 _WARM_UPS = 3  # the first runs of a network plan memory and choose kernels
 
 
@@ -120,19 +119,22 @@ class Engine:
         latency: From observation to chunk [s], of every chunk since the warm-up.
         counters: ``chunks`` taken, ``late`` ones, ``discarded``, ``useless`` (all rows over), ``stale`` (before a reset).
         notes: What the system did not permit.
+        margin: Of the config, or the period of a slower loop.
     """
 
     def __init__(
         self, planner: Plans, dt: float, clock: Clock, generator: torch.Generator, config: EngineConfig | None = None
     ) -> None:
         self.config = config or EngineConfig()
+        self.margin = self.config.margin
         self._planner, self._dt, self._clock, self._generator = planner, dt, clock, generator
         self._delay = DelayEstimate(self.config.window)
         self.latency = Recorder()
         self.counters = dict.fromkeys(("chunks", "late", "discarded", "useless", "stale"), 0)
         self.notes: list[str] = []
         self.episode = 0
-        self._asked = self._answered = 0  # by control, by inference
+        self._asked = self._void = 0  # by control: requests, and those of them that are from before a reset
+        self._answered = 0  # by inference
         self._index = 0
         self._pretended = 0.0  # latency beyond what passes on the clock
         self._planned_episode = 0  # of the inference thread
@@ -149,27 +151,33 @@ class Engine:
 
         Raises what the planner raises: a policy that does not work is found out here.
         """
-        for _ in range(_WARM_UPS):
+        if self._thread is not None:
+            raise EvaluationError("the inference thread of before still runs; wait for it, or start the program again")
+        plan: Chunk | None = None
+        for _ in range(_WARM_UPS):  # all but the first beside a plan in progress, as in the loop
             begin = self._clock.now()
-            self._planner.plan(_batch(obs), None, 0, self._generator)
+            previous, delay = self._previous(plan)
+            actions = self._planner.plan(_batch(obs), previous, delay or 0, self._generator)[0]
+            plan = Chunk(actions, begin, self._dt, begin, 0)
             self._delay = DelayEstimate(self.config.window, initial=self._clock.now() - begin)
         self._planner.reset()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; waits for the inference in progress."""
+        """End the thread; waits for the inference in progress, but not for one that hangs."""
         if self._thread is not None:
             self._wake.put(False)
-            self._thread.join()
-            self._thread = None
+            self._thread.join(_HANGS)
+            if not self._thread.is_alive():
+                self._thread = None
 
     def reset(self) -> None:
         """A new episode: no chunk from before it will be taken. Clears a fault."""
         self.episode += 1
         self._requests.take()
         self._answers.take()
-        self._answered = self._asked
+        self._void = self._asked
         self._fault = None
 
     @property
@@ -180,12 +188,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether an answer is still to come. A request posted meanwhile replaces the one that waits."""
-        return self._answered < self._asked
+        return max(self._answered, self._void) < self._asked
 
     @property
     def delay(self) -> float:
         """From observation to chunk, as expected of the next one [s]."""
-        return self._delay.seconds + self.config.margin
+        return self._delay.seconds + self.margin
 
     @property
     def fault(self) -> BaseException | None:
@@ -248,7 +256,7 @@ class Engine:
                 self._answers.put(self._answer(request))
             except BaseException as error:  # control must hear of whatever it was
                 self._fault = (request.episode, error)
-            self._answered = max(self._answered, request.number)
+            self._answered = request.number
 
     def _answer(self, request: Request) -> Answer:
         if request.episode != self._planned_episode:
@@ -269,8 +277,6 @@ class Engine:
         """What a planner is told of the plan in progress, and the rows of it that will be over when the next arrives."""
         if chunk is None:
             return None, None
-        from robopolicy.deploy.planner import Previous
-
         known = min(len(chunk.actions), self._planner.rows)
         actions = chunk.actions[np.minimum(np.arange(self._planner.rows), known - 1)]
         return Previous(actions[None], np.array([known])), min(math.ceil(self.delay / self._dt - 1e-6), known)

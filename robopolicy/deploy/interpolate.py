@@ -7,7 +7,7 @@ Rom). A new row, or a new chunk, begins a new segment: the output is continuous 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pydantic
@@ -26,7 +26,7 @@ class RotationColumns(Config):
     """A rotation within the action: where it starts, and how it is written."""
 
     start: int = pydantic.Field(ge=0)
-    representation: str  # rot6d, quat_xyzw, rotvec
+    representation: Literal["rot6d", "quat_xyzw", "rotvec"]
 
 
 class InterpolationConfig(Config):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from robopolicy.config import Config, component
+from robopolicy.deploy.chunk import Previous
 from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Field
 from robopolicy.generative.losses import staircase
@@ -33,16 +34,6 @@ from robopolicy.generative.path import Pred, broadcast_time
 from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, residual_gradient, soft_mask
 from robopolicy.generative.sampler import Generators, clip_pred, randn
 from robopolicy.policy import Observations, Policy
-
-
-class Previous(NamedTuple):
-    """What is planned from the observation's time on: ``actions [B, F, A]`` in the feature's units.
-
-    The first ``known [B]`` rows are real; the rest is padding.
-    """
-
-    actions: np.ndarray
-    known: np.ndarray
 
 
 class Planner(ABC):

@@ -111,7 +111,8 @@ class SimArm:
             command[self.task._columns] = action
             joints = self._inverse.inverse(self._wanted, command[:3], down_quat_wxyz(float(command[3])), iterations=1)
             width = command[4]
-        self._wanted = joints
+        if np.isfinite(joints).all():  # the next search begins here
+            self._wanted = joints
         return np.append(joints, width)
 
     def command(self, positions: np.ndarray) -> None:
