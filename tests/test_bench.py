@@ -157,7 +157,8 @@ class Still:
 def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     coordinate = {"unit": "m", "lower": -1.0, "upper": 1.0, "velocity": 2.0, "acceleration": 10.0, "jerk": 200.0}
     limits = tmp_path / "limits.yaml"
-    limits.write_text(json.dumps({"coordinates": [{"name": name, **coordinate} for name in Still.names]}))
+    coordinates = [{"name": name, **coordinate} for name in Still.names]
+    limits.write_text(json.dumps({"coordinates": coordinates, "freshness": {"command": 10.0}}))  # rows of half a second
     checkpoint = policy(**SETTINGS).save(tmp_path / "policy", {"task": {"name": "toys:Dot", "args": {}}})
     folder = export(policy(**SETTINGS), tmp_path / "export", "onnx").folder
     options = ["--robot", "test_bench:Still", "--limits", str(limits), "--rate", "50", "--seconds", "0.5", "--task", "toys:Dot"]

@@ -11,8 +11,8 @@ def test_a_hundred_thousand_periods_do_not_drift() -> None:
     for k in range(100_000):
         tick = ticker.wait()
         clock.time += 0.0013 if k % 3 else 0.0039  # work of varying length, always within the period
-    assert tick.number == 999_999
-    assert tick.deadline == 1234.5 + 999_999 * 0.004
+    assert tick.number == 99_999
+    assert tick.deadline == 1234.5 + 99_999 * 0.004
     assert tick.start == tick.deadline
     assert tick.skipped == 0
 
