@@ -328,7 +328,7 @@ class Euler(Sampler):
         clip: float | None = pydantic.Field(default=None, gt=0)
 
     def __init__(self, config: Euler.Config | None = None) -> None:
-        self.config = config or Euler.Config()
+        self.config = config or type(self).Config()
 
     @property
     def clip(self) -> float | None:
