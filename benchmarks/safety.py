@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from torture import SETUPS, torture
+from torture import SETUPS, torture  # type: ignore[import-not-found]  # of tests/
 
 from robopolicy.deploy.safety import Mode
 
