@@ -201,7 +201,9 @@ def test_the_best_evaluations_have_checkpoints(store: Path, tmp_path: Path, monk
 def test_bf16_does_not_round_what_the_policy_shall_learn(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
 
-    def loss(_net: object, _path: object, _kind: object, x0: torch.Tensor, ctx: torch.Tensor, *_: object) -> torch.Tensor:
+    def loss(
+        _net: object, _path: object, _kind: object, x0: torch.Tensor, ctx: torch.Tensor, *_: object, **__: object
+    ) -> torch.Tensor:
         seen.append(x0)
         return (ctx * 0).sum()
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     policy = build(args, [policy for policy, _ in loaded], overrides)
     for path in parents:
         check_walk(policy, path)
-    folder = args.out or Path("outputs") / "compose"
+    folder = args.out or _default_folder(args, parents)
     prediction = _predict(args, policy, parents)
     if prediction is not None:
         print(f"predicted weights  {said(prediction.weights)}   least error on {prediction.windows} held-out chunks")
@@ -119,6 +119,10 @@ def build(args: argparse.Namespace, parents: list[Policy], overrides: list[str])
     return policy
 
 
+def _default_folder(args: argparse.Namespace, parents: list[str]) -> Path:
+    return Path("outputs") / f"{args.rule}_of_{'_'.join(Path(parent).name for parent in parents)}"
+
+
 def said(weights: Any) -> str:
     return " ".join(f"{weight:.2f}" for weight in weights)
 
@@ -135,6 +139,9 @@ def _check(args: argparse.Namespace, parents: list[str]) -> None:
         raise ConfigError("--search finds the weights; drop --weights, or drop --search to save these")
     if args.search and args.seeds == "search":
         raise EvaluationError("--seeds search: weights are chosen on those; test them on others, for example --seeds test")
+    folder = args.out or _default_folder(args, parents)
+    if any((folder / name).exists() for name in ("policy.json", "checkpoints")):  # every verb would take one for the other
+        raise ConfigError(f"'{folder}' already holds a policy or a run; choose another --out")
     if args.points is not None and args.points < 2:
         raise ConfigError(f"--points {args.points}: 0 and 1 are two; give at least 2")
 

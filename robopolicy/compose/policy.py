@@ -98,6 +98,8 @@ class Composed(Policy):
         for parent in parents:  # one given twice becomes two: a checkpoint holds no tensor under two names
             own.append(copy.deepcopy(parent) if any(parent is other for other in own) else parent)
         self.parents = nn.ModuleList(own)
+        for index, parent in enumerate(own[1:], start=1):
+            _check_same(own[0], parent, index)
         self.rows = [_rows(parent, config) for parent in own]
         self.reference = _reference(own, self.rows, config.horizon)  # the parent whose action normaliser is ours
         self._check_actions()
@@ -191,18 +193,7 @@ class Composed(Policy):
             raise CheckpointError(f"checkpoint '{where}': {error}") from error
 
     def _check_actions(self) -> None:
-        """Raises ConfigError unless all parents mean the same by a normalised action."""
-        first = self.policies[0]
-        for index, parent in enumerate(self.policies[1:], start=1):
-            for what, ours, theirs in (
-                ("action", first.action_feature, parent.action_feature),
-                ("action representation (policy.action)", first.config.action, parent.config.action),
-            ):
-                if ours != theirs:
-                    raise ConfigError(
-                        f"parents 0 and {index} differ in their {what}: {ours} and {theirs}; only policies that command the same "
-                        "can be composed, train one again"
-                    )
+        """Raises ConfigError unless all parents scale actions alike, or differences can be made up for."""
         for index in range(len(self.policies)):
             k, m = self.action_map(index)
             if torch.allclose(k, torch.ones_like(k), rtol=1e-6, atol=0) and torch.allclose(m, torch.zeros_like(m), atol=1e-6):
@@ -313,6 +304,19 @@ def _observations(parents: Sequence[Policy]) -> dict[str, Feature]:
                     f"observation '{name}' is {known} to one parent and {feature} to parent {index}; rename one in data.features"
                 )
     return union
+
+
+def _check_same(first: Policy, parent: Policy, index: int) -> None:
+    """Raises ConfigError unless both command the same, represented in the same way."""
+    for what, ours, theirs in (
+        ("action", first.action_feature, parent.action_feature),
+        ("action representation (policy.action)", first.config.action, parent.config.action),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"parents 0 and {index} differ in their {what}: {ours} and {theirs}; only policies that command the same "
+                "can be composed, train one again"
+            )
 
 
 def _rows(parent: Policy, config: PolicyConfig) -> slice:

@@ -181,6 +181,8 @@ def evaluate_delayed(
     check_seeds(seeds)
     plan = make_planner(planner, policy)
     replan = replan_interval(delay, policy.n_action_steps, plan.rows) if replan is None else replan
+    if delay >= plan.rows:
+        raise EvaluationError(f"delay {delay}: a chunk is over when it arrives, it has {plan.rows} rows; train a longer horizon")
     if delay < 0 or replan < max(delay, 1):
         raise EvaluationError(f"delay {delay}, replan {replan}: expected 0 <= delay <= replan, and replan at least 1 tick")
     setting = _mapping(executor)

@@ -79,8 +79,12 @@ class Motion:
 
     def close(self) -> None:
         """Widened bounds end where the set point is now."""
-        self.lower = np.minimum(self._lower, np.maximum(self.lower, self.position))
-        self.upper = np.maximum(self._upper, np.minimum(self.upper, self.position))
+        self.lower, self.upper = self._closed(self.position)
+
+    def _closed(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bounds once the set point is at ``position``."""
+        lower = np.minimum(self._lower, np.maximum(self.lower, position))
+        return lower, np.maximum(self._upper, np.minimum(self.upper, position))
 
     def propose(self, target: np.ndarray, velocity: np.ndarray | None, speed: float, admits: Admits) -> bool:
         """Go on by one period towards ``target``, if it can be shown that a stop within bounds remains.
@@ -142,7 +146,8 @@ class Motion:
         back, forth = np.array([bound.min for bound in extrema]), np.array([bound.max for bound in extrema])
         if not self._comes_in(position, back, forth):
             return False
-        if (position + back < self.lower - TOLERANCE).any() or (position + forth > self.upper + TOLERANCE).any():
+        lower, upper = self._closed(position)  # as they will be: a stop must not lead out again where it has just come in
+        if (position + back < lower - TOLERANCE).any() or (position + forth > upper + TOLERANCE).any():
             return False
         if not admits(position, np.maximum(-back, forth), path.duration, lambda time: position + path.at_time(time)[0]):
             return False

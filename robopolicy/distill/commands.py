@@ -38,7 +38,7 @@ examples:
   robopolicy distill outputs/lift_dppo --data data/lift_dppo.zarr         # at what the tuned policy itself meets
   robopolicy distill outputs/pusht_diffusion --teacher-sampler '{type: ddim, num_steps: 20}' policy.net.width=128
   robopolicy distill outputs/pusht_flow --method regression               # the baseline with the same network
-  robopolicy distill --resume outputs/lift_same_noise                     # continues to the bit where it stopped
+  robopolicy distill --resume outputs/lift_flow_same_noise                     # continues to the bit where it stopped
   robopolicy distill outputs/lift_flow --method meanflow --print-config
 
 any key of the config can be overridden as key.subkey=value; `policy` is the student. The teacher is asked at the observations of
@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval", type=count, metavar="N", help="at the end, teacher and student on the same N test seeds")
     parser.add_argument("--task", help="task of --eval (default: the one the teacher was trained for)")
     parser.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: outputs/NAME)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: outputs/TEACHER_METHOD)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder, with the config it recorded")
     parser.add_argument("--print-config", action="store_true", help="print the full config with all defaults and stop")
 
@@ -119,7 +119,8 @@ def _check(args: argparse.Namespace) -> None:
         return
     if args.teacher is None:
         raise ConfigError(
-            "give either a teacher (robopolicy distill outputs/lift_flow) or a run to continue (--resume outputs/lift_same_noise)"
+            "give either a teacher (robopolicy distill outputs/lift_flow) or a run to continue "
+            "(--resume outputs/lift_flow_same_noise)"
         )
     if "=" in args.teacher:
         raise ConfigError(f"'{args.teacher}' is an override; name the teacher first: robopolicy distill TEACHER key=value")
@@ -148,7 +149,7 @@ def _config(args: argparse.Namespace) -> DistillConfig:
     teacher = load_policy(args.teacher)
     task, name = _task(args), asked["type"].rpartition(":")[2]
     value = {
-        "name": name if task is None else f"{task['name'].rpartition(':')[2]}_{name}",
+        "name": f"{Path(args.teacher).resolve().name}_{name}",
         "task": task,
         "data": data_section(teacher, args.teacher, args.data),
         "policy": settings(teacher, method.policy()),

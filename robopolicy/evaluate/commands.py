@@ -43,7 +43,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delay", type=int, metavar="TICKS", help="control steps from an observation to the chunk it leads to")
     parser.add_argument(
         "--executor",
-        default="latest",
         metavar="NAME|YAML",
         help="with --delay: pause, latest, ensemble, rtc, rtc_identity, rtc_trained, rti, streaming or bid, or one with "
         "settings, '{type: rti, columns: [6]}' (default latest)",
@@ -80,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     seeds = seeds_of(args)
     if args.delay is not None:
         return _delayed(args, seeds)
+    if args.executor is not None or args.replan is not None:
+        raise EvaluationError("--executor and --replan say what happens during a delay; give --delay TICKS (0: none)")
     evaluations: list[Evaluation] = []
     for path in args.checkpoints:
         policy, spec = load(path, args)
@@ -115,7 +116,8 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     from robopolicy.evaluate.record import write_json
     from robopolicy.policy import Policy
 
-    setting = apply_overrides({}, [f"executor={args.executor}"])["executor"]
+    asked = args.executor or "latest"
+    setting = apply_overrides({}, [f"executor={asked}"])["executor"]
     name, planner, executor = mode(setting)
     replan = max(args.delay, 1) if args.replan is None and name in EACH_TICK else args.replan
     if len(args.checkpoints) > 1 or args.film:
@@ -136,7 +138,7 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         noise_seed=args.noise_seed,
         name=args.checkpoints[0],
     )
-    how = re.sub(r"\W+", "_", args.executor).strip("_") + (f"_replan{args.replan}" if args.replan else "")
+    how = re.sub(r"\W+", "_", asked).strip("_") + (f"_replan{args.replan}" if args.replan else "")
     folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{how}_{args.delay}")
     done.evaluation.save(folder / "eval.json")
     write_json(folder / "realtime.json", done.realtime.model_dump(mode="json"))

@@ -127,6 +127,8 @@ class Trainer:
             raise ConfigError(
                 f"'{out}' already holds a run (step {done[-1]}); continue with --resume {out} or choose another --out"
             )
+        if (out / "policy.json").exists():  # every verb would take it for what the run makes
+            raise ConfigError(f"'{out}' holds a policy that is not of this run; choose another --out")
         if resume and not done:
             raise CheckpointError(f"'{out}' holds no checkpoint to resume from; start it with {self.COMMAND} --out {out}")
         self.device = pick_device(self.config.device, "train.device")
