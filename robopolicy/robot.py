@@ -89,3 +89,54 @@ class Robot(Protocol):
     def stop(self) -> None:
         """Leave it holding where it is; called at the end, and when anything goes wrong."""
         ...
+
+
+class Measured(NamedTuple):
+    """What a robot measures, before it means anything to a policy.
+
+    Attributes:
+        positions: ``[n]``, in the order and units of :attr:`RobotModel.names`.
+        velocities: ``[n]``, likewise, per second.
+        inputs: Other inputs by name: images uint8 ``[H, W, 3]`` RGB, poses ``[7]`` as position [m] and quaternion xyzw.
+    """
+
+    positions: np.ndarray
+    velocities: np.ndarray
+    inputs: Mapping[str, np.ndarray]
+
+
+class RobotModel(Protocol):
+    """What measurements and targets of a robot mean to its policies, whatever carries the messages.
+
+    The simulated robot and the one behind ROS 2 share one, so what is observed and commanded cannot differ between them.
+
+    Attributes:
+        names: Of the coordinates that are measured and commanded.
+        observation_features: What :meth:`observe` gives.
+        action_feature: What :meth:`targets` takes; its rate is the policy's.
+        kinematics: For the workspace of the safety filter; None: it has none.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def observation_features(self) -> Mapping[str, Feature]: ...
+
+    @property
+    def action_feature(self) -> Feature: ...
+
+    @property
+    def kinematics(self) -> Kinematics | None: ...
+
+    def reset(self, positions: np.ndarray) -> None:
+        """An episode begins at these positions ``[n]``."""
+        ...
+
+    def observe(self, measured: Measured) -> dict[str, np.ndarray]:
+        """Every observation feature, in its units."""
+        ...
+
+    def targets(self, action: np.ndarray) -> np.ndarray:
+        """As :meth:`Robot.targets`."""
+        ...
