@@ -114,6 +114,7 @@ class RobotModel(Protocol):
         names: Of the coordinates that are measured and commanded.
         observation_features: What :meth:`observe` gives.
         action_feature: What :meth:`targets` takes; its rate is the policy's.
+        inputs: Names of the :attr:`Measured.inputs` that :meth:`observe` reads: nobody needs to send others.
         kinematics: For the workspace of the safety filter; None: it has none.
     """
 
@@ -125,6 +126,9 @@ class RobotModel(Protocol):
 
     @property
     def action_feature(self) -> Feature: ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
 
     @property
     def kinematics(self) -> Kinematics | None: ...
