@@ -9,7 +9,7 @@ import numpy as np
 from robopolicy.deploy.clock import Clock
 from robopolicy.deploy.safety import Stamp
 from robopolicy.errors import TaskError
-from robopolicy.robot import Sample, State
+from robopolicy.robot import Measured, Sample, State
 from robopolicy.task import TaskSpec
 from sim.arm import model as arm
 from sim.arm.control import DOF, down_quat_wxyz
@@ -21,6 +21,8 @@ from sim.render import mujoco
 _HAND = arm.WRIST_TO_FLANGE + arm.FLANGE_TO_EE
 _BEYOND_ELBOW = arm.FOREARM + _HAND
 _ALL = arm.UPPER_ARM + _BEYOND_ELBOW
+
+CAMERA = "front"  # what the feature `image` shows
 
 
 class ArmKinematics:
@@ -58,6 +60,62 @@ class ArmKinematics:
         return self._jacobians[:, :, : DOF + 1]
 
 
+class ArmModel:
+    """A task of our arm as a :class:`robopolicy.robot.RobotModel`: what its joints, poses and pictures mean to policies.
+
+    It holds a world of its own, puts it into the measured state, and observes that as the task does: with the same code, so to
+    the bit. Nothing moves in it by itself.
+
+    Args:
+        task: Name or dotted path of a task of the arm, for example ``"lift"``.
+        task_args: Of the task.
+
+    Attributes:
+        inputs: The poses of the task's objects by their names, and the camera ``front`` where ``image`` is observed.
+
+    Raises:
+        TaskError: The task is not one of the arm.
+    """
+
+    names = (*arm.JOINT_NAMES, "gripper_width")
+
+    def __init__(self, task: str = "lift", **task_args: Any) -> None:
+        self._world = make_arm_task(task, **task_args)
+        self.observation_features, self.action_feature = self._world.observation_features, self._world.action_feature
+        poses = tuple(self._world.poses()) if self._world.observes_objects else ()
+        self.inputs: tuple[str, ...] = poses + ((CAMERA,) if "image" in self.observation_features else ())
+        self.kinematics = ArmKinematics()
+        self._inverse = Inverse()
+        self._wanted = arm.home()
+
+    def reset(self, positions: np.ndarray) -> None:
+        self._wanted = np.array(positions[:DOF], np.float64)
+
+    def observe(self, measured: Measured) -> dict[str, np.ndarray]:
+        """Every feature. Raises TaskError for an input that is missing."""
+        if missing := set(self.inputs) - set(measured.inputs):
+            raise TaskError(f"input '{min(missing)}' is missing; found {', '.join(measured.inputs) or 'none'}")
+        image = measured.inputs[CAMERA] if CAMERA in self.inputs else None
+        if image is not None and image.shape != self.observation_features["image"].shape:
+            raise TaskError(
+                f"input '{CAMERA}' must have shape {self.observation_features['image'].shape}, found {image.shape}; "
+                "change the camera's size, or the task's 'image_size'"
+            )
+        self._world.show(measured.positions, measured.velocities, measured.inputs)
+        return self._world.observe(image)
+
+    def targets(self, action: np.ndarray) -> np.ndarray:
+        if self._world.control == "joint":
+            joints, width = action[:DOF], action[DOF] if len(action) > DOF else self._world.rest["gripper"]
+        else:
+            command = self._world.full_command(action)
+            joints = self._inverse.inverse(self._wanted, command[:3], down_quat_wxyz(float(command[3])), iterations=1)
+            width = command[4]
+        if np.isfinite(joints).all():  # the next search begins here
+            self._wanted = joints
+        return np.append(joints, width)
+
+
 class SimArm:
     """A task of our arm as a :class:`robopolicy.robot.Robot`: physics keep up with a clock, real or fake.
 
@@ -65,7 +123,7 @@ class SimArm:
     stepped by whoever asks for the state, up to the clock's time; between two calls the arm moves on under its last targets.
 
     Args:
-        task: Name or dotted path of a task of the arm, for example ``"lift"``.
+        task: As of :class:`ArmModel`, which says what is observed and what actions mean.
         clock: Physics follow it.
         task_args: Of the task.
 
@@ -76,49 +134,38 @@ class SimArm:
         TaskError: The task is not one of the arm.
     """
 
-    names = (*arm.JOINT_NAMES, "gripper_width")
+    names = ArmModel.names
 
     def __init__(self, task: str, clock: Clock, **task_args: Any) -> None:
-        made = TaskSpec(task, task_args).make()
-        if not isinstance(made, ArmTask):
-            raise TaskError(f"task '{task}' is not one of our arm; take reach, lift, stack or arm_pusht")
-        self.task, self._clock = made, clock
-        self.observation_features, self.action_feature = made.observation_features, made.action_feature
-        self.kinematics = ArmKinematics()
-        self._inverse = Inverse()
+        self.task, self.model, self._clock = make_arm_task(task, **task_args), ArmModel(task, **task_args), clock
+        self.observation_features, self.action_feature = self.model.observation_features, self.model.action_feature
+        self.kinematics = self.model.kinematics
         self._steps = self._held = 0
         self.success = False
 
     def reset(self, seed: int | None = None) -> None:
         self.task.reset(seed=seed)
-        self._wanted = self.task.joint_set_point.copy()
+        self.model.reset(self.task.positions)
         self._begun, self._steps, self._held, self.success = self._clock.now(), 0, 0, False
 
     def state(self) -> State:
         self._keep_up()
-        positions = np.append(self.task._q, self.task.gripper_width)
-        return State(positions, Stamp(self._clock.now(), self._begun + self._steps * arm.TIMESTEP))
+        return State(self.task.positions, Stamp(self._clock.now(), self._begun + self._steps * arm.TIMESTEP))
 
     def observe(self) -> Sample:
         self._keep_up()
-        return Sample(self.task._observe(), self._clock.now(), {})
+        inputs = self.task.poses()
+        if "image" in self.observation_features:
+            inputs[CAMERA] = self.task.look()
+        values = self.model.observe(Measured(self.task.positions, self.task.velocities, inputs))
+        return Sample(values, self._clock.now(), {})
 
     def targets(self, action: np.ndarray) -> np.ndarray:
-        if self.task.control == "joint":
-            joints, width = action[:DOF], action[DOF] if len(action) > DOF else self.task.rest["gripper"]
-        else:
-            command = self.task._command
-            command[self.task._columns] = action
-            joints = self._inverse.inverse(self._wanted, command[:3], down_quat_wxyz(float(command[3])), iterations=1)
-            width = command[4]
-        if np.isfinite(joints).all():  # the next search begins here
-            self._wanted = joints
-        return np.append(joints, width)
+        return self.model.targets(action)
 
     def command(self, positions: np.ndarray) -> None:
         self._keep_up()
-        data = self.task._data
-        data.act[:DOF], data.ctrl[:DOF], data.ctrl[DOF] = positions[:DOF], 0.0, positions[DOF]
+        self.task.drive(positions)
 
     def stop(self) -> None:
         """The servos hold their last targets by themselves."""
@@ -132,9 +179,16 @@ class SimArm:
         every = round(1.0 / (self.task.rate * arm.TIMESTEP))
         while self._steps < due:
             steps = min(due, self._steps - self._steps % every + every) - self._steps
-            mujoco.mj_step(self.task._model, self.task._data, steps)
-            mujoco.mj_kinematics(self.task._model, self.task._data)  # mj_step leaves poses one physics step behind the joints
+            self.task.advance(steps)
             self._steps += steps
             if self._steps % every == 0:
-                self._held = self._held + 1 if self.task._evaluate()[1] else 0
+                self._held = self._held + 1 if self.task.goal_met() else 0
                 self.success |= self._held >= self.task.hold_steps
+
+
+def make_arm_task(task: str, **task_args: Any) -> ArmTask:
+    """A task by name. Raises TaskError when it is not one of our arm."""
+    made = TaskSpec(task, task_args).make()
+    if not isinstance(made, ArmTask):
+        raise TaskError(f"task '{task}' is not one of our arm; take reach, lift, stack or arm_pusht")
+    return made

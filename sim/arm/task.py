@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium
@@ -80,6 +80,7 @@ class ArmTask(Task):
         self._nstep = round(_SUBSTEPS_PER_SECOND / self.rate)
         self._q, self._qd = self._data.qpos[:DOF], self._data.qvel[:DOF]
         self._fingers = self._data.qpos[DOF : DOF + 2]
+        self._poses = dict(_poses(self._model, self._data))
         site = self._model.site("ee").id
         self._ee_pos, self._ee_rotation = self._data.site_xpos[site], self._data.site_xmat[site].reshape(3, 3)
         self._command = np.array([self.rest[axis] for axis in _AXIS_NAMES])
@@ -128,7 +129,7 @@ class ArmTask(Task):
         self._place(self.np_random)
         mujoco.mj_forward(self._model, self._data)
         self._steps = self._held = 0
-        return self._observe(), {"is_success": False}
+        return self.observe(), {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Advance ``1 / rate`` seconds.
@@ -141,14 +142,13 @@ class ArmTask(Task):
         self._data.ctrl[:DOF] = (target - self._data.act[:DOF]) * self.rate
         self._data.ctrl[DOF] = width
         self._servo.set_point = target
-        mujoco.mj_step(self._model, self._data, self._nstep)
-        mujoco.mj_kinematics(self._model, self._data)  # mj_step leaves poses one physics step behind the joints
+        self.advance(self._nstep)
         self._steps += 1
         progress, met = self._evaluate()
         self._held = self._held + 1 if met else 0
         success = self._held >= self.hold_steps
         reward = 1.0 if success else min(max(progress, 0.0), 1.0)
-        return self._observe(), reward, success, self._steps >= self.max_episode_steps, {"is_success": success}
+        return self.observe(), reward, success, self._steps >= self.max_episode_steps, {"is_success": success}
 
     def render(self) -> np.ndarray:
         """A picture ``[render_size, render_size, 3]`` uint8 for films. Raises TaskError when there is no renderer."""
@@ -186,6 +186,49 @@ class ArmTask(Task):
     def joint_effort(self) -> np.ndarray:
         """Torques ``[7]`` [Nm] of the servos, gravity compensation included; a view."""
         return self._data.qfrc_actuator[:DOF]
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Joint angles ``[7]`` [rad] and the gripper's width [m]."""
+        return np.append(self._q, self.gripper_width)
+
+    @property
+    def velocities(self) -> np.ndarray:
+        """Of :attr:`positions`, per second."""
+        return np.append(self._qd, self._data.qvel[DOF] + self._data.qvel[DOF + 1])
+
+    def poses(self) -> dict[str, np.ndarray]:
+        """Of every object that moves, and the goal: position [m] and quaternion xyzw ``[7]``."""
+        return {name: np.append(pos, wxyz[[1, 2, 3, 0]]) for name, (pos, wxyz) in self._poses.items()}
+
+    # ---- for robots: the world as measured, physics without actions ----------------------------------------------------------
+
+    def show(self, positions: np.ndarray, velocities: np.ndarray, poses: Mapping[str, np.ndarray]) -> None:
+        """Put the world into a state that was measured, for :meth:`observe`; see :attr:`positions` and :meth:`poses`."""
+        self._q[:], self._qd[:], self._fingers[:] = positions[:DOF], velocities[:DOF], positions[DOF] / 2
+        for name, (pos, wxyz) in self._poses.items():
+            if name in poses:
+                pos[:], wxyz[:] = poses[name][:3], poses[name][[6, 3, 4, 5]]
+        mujoco.mj_kinematics(self._model, self._data)
+
+    def drive(self, positions: np.ndarray) -> None:
+        """Make joint angles and width ``[8]`` the servos' set points at once, which they keep."""
+        self._data.act[:DOF], self._data.ctrl[:DOF], self._data.ctrl[DOF] = positions[:DOF], 0.0, positions[DOF]
+
+    def advance(self, steps: int) -> None:
+        """Step physics by ``steps`` times ``arm.TIMESTEP``."""
+        mujoco.mj_step(self._model, self._data, steps)
+        mujoco.mj_kinematics(self._model, self._data)  # mj_step leaves poses one physics step behind the joints
+
+    def goal_met(self) -> bool:
+        """Whether the goal is met at this instant; success needs ``hold_steps`` control steps of it."""
+        return self._evaluate()[1]
+
+    def full_command(self, action: np.ndarray) -> np.ndarray:
+        """``[x, y, z, yaw, gripper]`` [m, m, m, rad, m] of an end-effector action; what it leaves out is at rest."""
+        command = np.array([self.rest[axis] for axis in _AXIS_NAMES])
+        command[self._columns] = action
+        return command
 
     # ---- actions -------------------------------------------------------------------------------------------------------------
 
@@ -253,7 +296,7 @@ class ArmTask(Task):
             (feature("ee_rot6d", 6, "rot6d"), lambda: rot6d(self._ee_rotation)),
             (feature("gripper_width", 1, "m"), lambda: self._fingers[:1] + self._fingers[1:]),
             *self._features(),
-            (Feature("image", (self._image_size, self._image_size, 3), "uint8", "1", (), self.rate), self._look),
+            (Feature("image", (self._image_size, self._image_size, 3), "uint8", "1", (), self.rate), self.look),
         ]
         table = {f.name: (f, read) for f, read in known}
         names = list(obs) if obs is not None else [name for name in table if name != "image" or with_image]
@@ -261,17 +304,33 @@ class ArmTask(Task):
             if name not in table:
                 raise TaskError(f"{type(self).__name__} has no feature '{name}': {nearest(name, table)}")
         self.observation_features = {name: table[name][0] for name in names}
+        self.observes_objects = bool({f.name for f, _ in self._features()} & set(names))
         self._reads = [(name, table[name][1], np.dtype(table[name][0].dtype)) for name in names]
         spaces: dict[str, gymnasium.Space[Any]] = {f.name: _space(f) for f in self.observation_features.values()}
         self.observation_space: gymnasium.Space[Any] = gymnasium.spaces.Dict(spaces)
 
-    def _observe(self) -> Observation:
-        return {name: read().astype(dtype) for name, read, dtype in self._reads}
+    def observe(self, image: np.ndarray | None = None) -> Observation:
+        """Every observed feature as the world is now; ``image`` [H, W, 3] uint8 instead of drawing one, where it is observed."""
+        return {
+            name: image if image is not None and name == "image" else read().astype(dtype) for name, read, dtype in self._reads
+        }
 
-    def _look(self) -> np.ndarray:
+    def look(self) -> np.ndarray:
+        """The picture of the feature ``image``. Raises TaskError when there is no renderer."""
         if self._eye is None:
             self._eye = Renderer(self._model, self._image_size, self._image_size, "front")
         return self._eye(self._data)
+
+
+def _poses(model: Any, data: Any) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """Names of free and of placed bodies, with views of position ``[3]`` and quaternion wxyz ``[4]``."""
+    for index in range(model.nbody):
+        body = model.body(index)
+        if body.mocapid[0] >= 0:
+            yield body.name, (data.mocap_pos[body.mocapid[0]], data.mocap_quat[body.mocapid[0]])
+        elif body.dofnum[0] == 6:
+            place = data.qpos[model.jnt_qposadr[body.jntadr[0]] :]
+            yield body.name, (place[:3], place[3:7])
 
 
 def rot6d(rotation: np.ndarray) -> np.ndarray:
