@@ -1,1 +1,4 @@
-"""ROS 2: topics, messages, profiles of arms, nodes. Nothing else in the project imports rclpy, and importing this does not either."""
+"""ROS 2: topics, messages, profiles of arms, nodes. Only this package imports rclpy, and only where something is run.
+
+Start with `contract.py` (the topics) and `profile.py` (an arm).
+"""

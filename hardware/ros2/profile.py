@@ -103,8 +103,8 @@ class Command(Config):
     def _is_meant(self) -> Self:
         if self.velocity and not self.unsafe_velocity:
             raise ValueError(
-                f"type '{self.type}' keeps the arm moving when this process dies, those controllers have no timeout; use position "
-                "or trajectory, or say unsafe_velocity: true"
+                f"type '{self.type}' keeps the arm moving when this process dies, those controllers have no timeout; use "
+                "position or trajectory, or say unsafe_velocity: true"
             )
         if self.type in ("pose", "twist") and self.joints != POSE:
             raise ValueError(f"type '{self.type}' commands {', '.join(POSE)}, in this order")
@@ -116,7 +116,7 @@ class Gripper(Config):
 
     Attributes:
         coordinate: Which it is.
-        type: ``float64``: Float64 in the units of the coordinate, or as ``scale`` and ``offset`` say; ``none``: not commanded here.
+        type: ``float64``: Float64, by ``scale`` and ``offset``; ``none``: not commanded here.
         topic: Of the command.
         scale: The command is ``(coordinate - offset) / scale``: what the driver takes; with ``offset`` as in the state.
         hysteresis: Smaller changes are not sent, until the target comes to rest.
@@ -254,7 +254,7 @@ def profile_names() -> list[str]:
 
 
 def load_profile(source: str | Path, **changes: Any) -> RosProfile:
-    """A profile by name, or in a YAML file; ``changes`` replace top-level keys, ``rate=250.0`` for example. Raises ConfigError."""
+    """A profile by name, or in a YAML file; ``changes`` replace top-level keys, as ``rate=250.0``. Raises ConfigError."""
     text = str(source)
     path = Path(source) if "/" in text or text.endswith((".yaml", ".yml")) else PROFILES / f"{text}.yaml"
     if path.parent == PROFILES and not path.is_file():
