@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from hardware.ros2.profile import RosProfile
+from hardware.ros2.runtime import RosError, require
 
 
 class Quality(NamedTuple):
@@ -133,6 +134,10 @@ NODE_SERVICES = (
 
 
 def message_type(name: str) -> Any:
-    """The class behind ``package/msg/Name`` or ``package/srv/Name``."""
+    """The class behind ``package/msg/Name`` or ``package/srv/Name``. Raises RosError where it is not installed."""
     package, kind, cls = name.split("/")
-    return getattr(importlib.import_module(f"{package}.{kind}"), cls)
+    try:
+        return getattr(importlib.import_module(f"{package}.{kind}"), cls)
+    except (ImportError, AttributeError) as error:
+        require()
+        raise RosError(f"there is no message {name} here ({error}); install the ROS package {package}") from error

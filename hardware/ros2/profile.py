@@ -165,13 +165,15 @@ class Chain(Config):
 
     Attributes:
         convention: ``standard``: Rz(theta) Tz(d) Tx(a) Rx(alpha); ``modified`` (Craig): Rx(alpha) Tx(a) Rz(theta) Tz(d).
-        rows: From the base; ``theta`` is added to the joint's angle.
+        rows: From the base; ``theta`` is added to the joint's angle. They belong to the first coordinates of the limits.
+        base: Where the chain begins, in the frame of the workspace: x, y, z [m] and the turn about z [rad].
         tool: Position of the tool in the last frame [m].
         points: Further points above the table: name -> [index of the frame (1 is behind the first joint), x, y, z].
     """
 
     convention: Literal["standard", "modified"]
     rows: tuple[tuple[float, float, float, float], ...] = pydantic.Field(min_length=1)
+    base: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     tool: tuple[float, float, float] = (0.0, 0.0, 0.0)
     points: dict[str, tuple[int, float, float, float]] = {}
 

@@ -72,8 +72,8 @@ class RosClock(SystemClock):
         """
         if stamp.sec == 0 and stamp.nanosec == 0:
             return None
-        age = (time.time_ns() - (stamp.sec * 1_000_000_000 + stamp.nanosec)) * 1e-9
-        return self.now() - age
+        now = self.now()  # first: if this thread is interrupted here, things seem older than they are, not younger
+        return now - (time.time_ns() - (stamp.sec * 1_000_000_000 + stamp.nanosec)) * 1e-9
 
     def stamp(self, moment: float | None = None) -> Any:
         """The header stamp of a moment on :meth:`now`'s clock; None: of now."""

@@ -1,0 +1,143 @@
+"""What came last: one slot for each topic, with the times of its message, and a count of those that were refused.
+
+A message that cannot be trusted (NaN, wrong names or lengths, older than the one before, the same again) does not enter the slot.
+What the slot holds then grows old, and the safety filter holds the arm as it does when nothing comes at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from hardware.ros2.messages import Rejected
+from hardware.ros2.runtime import RosClock
+from robopolicy.deploy.safety import Stamp
+
+_CLOCK_SET = 1_000_000_000  # [ns]: stamps that go back farther were not overtaken on the way, the source's clock was set
+_RATE_OF = 50  # messages
+
+T = TypeVar("T")
+
+
+class Latest(NamedTuple, Generic[T]):
+    """The newest good message.
+
+    Attributes:
+        value: What its reader made of it.
+        stamp: When it came, and was made.
+        number: How many good ones there were up to it.
+    """
+
+    value: T
+    stamp: Stamp
+    number: int
+
+
+class Slot(Generic[T]):
+    """The newest good message of one topic. Written by one thread, read by any.
+
+    Args:
+        name: Of the input, for messages.
+        clock: Of the stamps.
+        read: Message to value; raises Rejected.
+
+    Attributes:
+        latest: None until one came.
+        rejected: How many were refused, by kind; ``out_of_order`` and ``duplicate`` are found here. ``clock_set`` is a note:
+            those were taken.
+        last_rejection: Why the last one was, for people.
+    """
+
+    def __init__(self, name: str, clock: RosClock, read: Callable[[Any], T]) -> None:
+        self.name, self._clock, self._read = name, clock, read
+        self.latest: Latest[T] | None = None
+        self.rejected: Counter[str] = Counter()
+        self.last_rejection = ""
+        self._newest: int | None = None  # stamp [ns]
+        self._arrivals: deque[float] = deque(maxlen=_RATE_OF)
+
+    def take(self, message: Any) -> None:
+        """A message came: the subscription's callback."""
+        self.accept(message, self._clock.now())
+
+    def accept(self, message: Any, came: float) -> None:
+        """The same for one that came at ``came``."""
+        header = getattr(message, "header", None)
+        made = None if header is None else self._clock.made(header.stamp)
+        nanoseconds = None if made is None else header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
+        try:
+            self._in_order(nanoseconds)
+            value = self._read(message)
+        except Rejected as error:
+            self.rejected[error.kind] += 1
+            self.last_rejection = str(error)
+            return
+        self._newest = nanoseconds
+        self._arrivals.append(came)
+        before = self.latest
+        self.latest = Latest(value, Stamp(came, made), 1 if before is None else before.number + 1)
+
+    def _in_order(self, stamp: int | None) -> None:
+        if stamp is None or self._newest is None:
+            return
+        later = stamp - self._newest
+        if later < -_CLOCK_SET:
+            self.rejected["clock_set"] += 1
+        elif later < 0:
+            raise Rejected("out_of_order", f"made {-later * 1e-9:.3g} s before the one that came before it")
+        elif later == 0:
+            raise Rejected("duplicate", "the same stamp again")
+
+    def age(self, now: float) -> float:
+        """Since the newest came, or was made, whichever is longer [s]; infinite when none came."""
+        if (latest := self.latest) is None:
+            return float("inf")
+        stamp = latest.stamp
+        return now - (stamp.came if stamp.made is None else min(stamp.came, stamp.made))
+
+    @property
+    def rate(self) -> float:
+        """Of the last messages [Hz]; 0 when there were fewer than two."""
+        arrivals = tuple(self._arrivals)
+        span = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else 0.0
+        return (len(arrivals) - 1) / span if span > 0 else 0.0
+
+
+class Decoder:
+    """Pictures are decoded in a thread of their own, the newest of each camera: joint states do not wait for them."""
+
+    def __init__(self, clock: RosClock) -> None:
+        self._clock = clock
+        self._waiting: dict[str, tuple[Slot[Any], Any, float]] = {}
+        self._there = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    def callback(self, slot: Slot[Any]) -> Callable[[Any], None]:
+        """For the subscription of a slot."""
+
+        def take(message: Any) -> None:
+            with self._there:
+                self._waiting[slot.name] = (slot, message, self._clock.now())
+                self._there.notify()
+
+        return take
+
+    def close(self) -> None:
+        with self._there:
+            self._ended = True
+            self._there.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._there:
+                self._there.wait_for(lambda: self._waiting or self._ended)
+                if self._ended:
+                    return
+                waiting, self._waiting = self._waiting, {}
+            for slot, message, came in waiting.values():
+                slot.accept(message, came)
