@@ -242,7 +242,7 @@ def _stop(workers: Sequence[_Worker], fd: int) -> None:
     os.close(fd)
 
 
-def _anonymous_memory() -> int:
+def anonymous_memory() -> int:
     """A file descriptor of growing shared memory that vanishes with its last user."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("robopolicy")
@@ -271,7 +271,7 @@ class VectorEnv:
         self.num_envs = num_envs
         self._slab: _Slab | None = None
         self._workers: list[_Worker] = []
-        fd = _anonymous_memory()
+        fd = anonymous_memory()
         self._finalizer = weakref.finalize(self, _stop, self._workers, fd)  # also when collected, and at exit
         with self._closing_on_failure():
             if num_workers == 0:

@@ -202,7 +202,7 @@ class Engine:
             return self._fault[1]
         if self._thread is not None and not self._thread.is_alive():
             return RuntimeError("the inference thread is gone")
-        return None
+        return getattr(self._planner, "fault", None)  # of a process, which may end between two plans
 
     def post(self, obs: Mapping[str, np.ndarray], obs_time: float, previous: Chunk | None) -> None:
         """Ask for a plan.
