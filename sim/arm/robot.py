@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from robopolicy.task import TaskSpec
 from sim.arm import model as arm
 from sim.arm.control import DOF, down_quat_wxyz
 from sim.arm.control import Kinematics as Inverse
-from sim.arm.task import ArmTask
+from sim.arm.task import AXES, ArmTask
 from sim.render import mujoco
 
 # From each joint's axis to each point, at most [m/rad]: what the links leave when the arm is bent at the worst.
@@ -114,6 +115,14 @@ class ArmModel:
         if np.isfinite(joints).all():  # the next search begins here
             self._wanted = joints
         return np.append(joints, width)
+
+    def action_of(self, positions: np.ndarray) -> np.ndarray:
+        """The action ``[A]`` that asks for coordinates ``[n]``: what :meth:`targets` undoes. Recordings need it."""
+        if self._world.control == "joint":
+            return positions[: self.action_feature.size]
+        pos, rotation = self._inverse.forward(positions[:DOF])
+        command = dict(zip(AXES, (*pos, math.atan2(rotation[1, 0], rotation[0, 0]), positions[DOF]), strict=True))
+        return np.array([command[axis] for axis in self._world.axes])
 
 
 class SimArm:
