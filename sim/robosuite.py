@@ -108,7 +108,7 @@ class RobosuiteTask(Task):
         action = np.clip(np.asarray(action, np.float64), -ACTION_LIMIT, ACTION_LIMIT)
         self._env.step(action / ACTION_LIMIT)
         self._steps += 1
-        success = bool(self._env._check_success())
+        success = self.goal_met()
         return self._observe(), float(success), success, self._steps >= self.max_episode_steps, {"is_success": success}
 
     def render(self) -> np.ndarray:
@@ -125,6 +125,15 @@ class RobosuiteTask(Task):
         if self._renderer is not None:
             self._renderer.close()
         self._env.close()
+
+    @property
+    def physics(self) -> tuple[Any, Any]:
+        """MuJoCo's model and data."""
+        return self._env.sim.model._model, self._env.sim.data._data
+
+    def goal_met(self) -> bool:
+        """Whether the goal is met at this instant."""
+        return bool(self._env._check_success())
 
     def read(self, name: str) -> np.ndarray:
         """The present value of an observed feature, float64."""

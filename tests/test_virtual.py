@@ -1,13 +1,20 @@
 """Worlds that stand in for an arm: what they measure, keep and record."""
 
+import json
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from robopolicy.deploy.clock import FakeClock
+from robopolicy.deploy.limits import SafetyLimits, WorkspaceConfig, load_limits
 from robopolicy.errors import TaskError
 from robopolicy.robot import Measured
 from sim.arm.robot import ArmModel, SimArm
 from sim.arm.task import ArmTask
+from sim.driver import CommandError, Driver
+from sim.render import renderer_available
+from sim.virtual import ArmWorld, World, make_world
 
 
 @pytest.mark.parametrize("name", ["reach", "lift", "stack", "arm_pusht"])
@@ -59,3 +66,200 @@ def test_a_robot_follows_its_targets_and_actions_are_searched_from_where_it_was_
     clock.time += 1.0
     assert robot.state().positions == pytest.approx(targets, abs=2e-3)
     assert robot.task.ee_pos == pytest.approx(action[:3], abs=2e-3)
+
+
+# ---- worlds and their driver -------------------------------------------------------------------------------------------------
+
+LIMITS = load_limits("arm")
+ARM = np.arange(7)
+
+
+@pytest.fixture(scope="module")
+def world() -> ArmWorld:
+    return ArmWorld("lift")
+
+
+class Rig:
+    """A driver on a fake clock, and a stream of commands to it."""
+
+    def __init__(self, world: World, limits: SafetyLimits = LIMITS, rate: float = 250.0) -> None:
+        self.clock, self.rate = FakeClock(5.0), rate
+        self.driver = Driver(world, limits, self.clock, rate=rate)
+        self.driver.reset(100_000)
+        self.begin = world.positions.copy()
+
+    def stream(self, path: Callable[[float], np.ndarray], seconds: float) -> None:
+        """``path(time)`` of the joints."""
+        start = self.clock.time
+        for k in range(round(seconds * self.rate)):
+            self.driver.stream(ARM, path(k / self.rate))
+            self.wait(start + (k + 1) / self.rate)
+
+    def wait(self, until: float) -> None:
+        while self.clock.time < until:
+            self.clock.time = min(until, self.clock.time + 0.01)
+            self.driver.advance()
+
+    def worst(self, key: str) -> float:
+        return float(self.driver.record.worst[key][0])
+
+
+def test_physics_keeps_up_with_the_clock_and_gives_time_up_when_it_cannot(world: ArmWorld) -> None:
+    rig = Rig(world)
+    rig.clock.time += 0.05
+    assert rig.driver.advance() == 20
+    assert rig.driver.advance() == 0
+    assert rig.driver.real_time_factor == 1.0
+    rig.clock.time += 1.0
+    assert rig.driver.advance() == 1, "a second late: no burst"
+    assert rig.driver.real_time_factor < 0.1
+    assert rig.driver.report()["lost_s"] == pytest.approx(0.9975, abs=1e-6)
+
+
+def test_streamed_targets_are_reached_and_the_record_knows_how_fast(world: ArmWorld) -> None:
+    rig = Rig(world)
+    rig.stream(lambda t: rig.begin[:7] + 0.3 * np.sin(np.pi * t) ** 2 * np.eye(7)[0], 1.0)
+    rig.wait(rig.clock.time + 0.3)
+    assert world.positions[:7] == pytest.approx(rig.begin[:7], abs=1e-3)
+    speed, acceleration, jerk = 0.3 * np.pi, 0.6 * np.pi**2, 1.2 * np.pi**3  # of 0.3 sin^2(pi t)
+    assert rig.worst("velocity") == pytest.approx(speed / 2.2, rel=0.1), "servos smooth it"
+    assert rig.worst("command_velocity") == pytest.approx(speed / 2.2, rel=0.01)
+    assert rig.worst("command_acceleration") == pytest.approx(acceleration / 15, rel=0.01)
+    assert rig.worst("command_jerk") == pytest.approx(jerk / 600, rel=0.01)
+    assert acceleration / 15 * 0.8 < rig.worst("acceleration") < acceleration / 15 * 1.3
+    assert rig.worst("jerk") < 0.5
+    assert rig.worst("position") < 0, "room left"
+    assert rig.driver.record.worst["velocity"][1] == "joint1"
+    report = rig.driver.report()
+    assert json.loads(json.dumps(report)) == report
+    assert report["since_commanded_s"] < report["since_moved_s"] + 0.31
+
+
+def test_the_record_sees_what_breaks_the_limits(world: ArmWorld) -> None:
+    """Every entry of the record can fail: an arm driven past what the limits say is caught."""
+    low = {"velocity": 0.1, "acceleration": 0.1, "jerk": 1.0}
+    tight = LIMITS.model_copy(
+        update={
+            "coordinates": tuple(
+                c if c.tracking is None else c.model_copy(update=low | {"lower": at - 0.01, "upper": at + 0.01})
+                for c, at in zip(LIMITS.coordinates, Rig(world).begin, strict=True)
+            ),
+            "workspace": WorkspaceConfig(lower=(0.0, -0.01, 0.5), upper=(0.3, 0.01, 0.6), table=0.3),
+        }
+    )
+    rig = Rig(world, tight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sim.driver.REFLEX_SPEED", 100.0)
+        rig.stream(lambda t: rig.begin[:7] + 0.2 * t * np.eye(7)[2], 0.5)
+    for key in ("velocity", "acceleration", "jerk", "command_velocity"):
+        assert rig.worst(key) > 1.0, key
+    assert rig.worst("position") == pytest.approx(0.09, abs=0.02)
+    assert rig.worst("workspace") > 0.1
+    assert rig.worst("table") > 0.03
+
+
+def test_a_jump_trips_the_reflex_and_the_arm_stands_until_it_is_reset(world: ArmWorld) -> None:
+    rig = Rig(world)
+    rig.stream(lambda t: rig.begin[:7], 0.1)
+    rig.driver.stream(ARM, rig.begin[:7] + 0.15 * np.eye(7)[3])
+    assert "joint4 was told to move 0.15 rad" in rig.driver.reflex
+    rig.stream(lambda t: rig.begin[:7] + 0.05, 0.2)
+    assert world.positions[:7] == pytest.approx(rig.begin[:7], abs=1e-3)
+    assert rig.driver.record.counts["reflexes"] == 1
+    rig.driver.reset_reflex()
+    rig.stream(lambda t: rig.begin[:7] + 0.05 * min(1.0, 4 * t), 0.5)
+    assert rig.driver.reflex == ""
+    assert world.positions[:7] == pytest.approx(rig.begin[:7] + 0.05, abs=2e-3)
+
+
+def test_too_fast_a_stream_trips_the_reflex(world: ArmWorld) -> None:
+    rig = Rig(world)
+    rig.stream(lambda t: rig.begin[:7] + 4.0 * t * np.eye(7)[4], 0.1)  # rated: 2.6 rad/s, 1.6 times that is 4.16
+    assert rig.driver.reflex == ""
+    rig = Rig(world)
+    rig.stream(lambda t: rig.begin[:7] + 4.5 * t * np.eye(7)[4], 0.1)
+    assert "joint5" in rig.driver.reflex
+
+
+def test_what_no_controller_takes_is_refused_and_counted(world: ArmWorld) -> None:
+    rig = Rig(world)
+    with pytest.raises(CommandError, match="6 values for 7 joints"):
+        rig.driver.stream(ARM, rig.begin[:6])
+    with pytest.raises(CommandError, match="not finite"):
+        rig.driver.stream(ARM, np.full(7, np.nan))
+    with pytest.raises(CommandError, match="not finite"):
+        rig.driver.grip(np.inf)
+    with pytest.raises(CommandError, match="must increase"):
+        rig.driver.follow(ARM, np.array([0.2, 0.1]), np.tile(rig.begin[:7], (2, 1)))
+    assert rig.driver.record.counts["refused"] == 4
+
+
+def test_trajectories_and_the_gripper(world: ArmWorld) -> None:
+    rig = Rig(world)
+    goal = rig.begin[:7] + 0.2 * np.eye(7)[0]
+    rig.driver.follow(ARM[::-1], np.array([0.25, 0.5]), np.array([(rig.begin[:7] + goal)[::-1] / 2, goal[::-1]]))
+    rig.driver.grip(0.03)
+    rig.wait(rig.clock.time + 0.25)
+    assert world.positions[0] == pytest.approx(rig.begin[0] + 0.1, abs=0.03), "half way, and the servos' lag"
+    rig.wait(rig.clock.time + 0.6)
+    assert world.positions[:7] == pytest.approx(goal, abs=1e-3)
+    assert world.positions[7] == pytest.approx(0.03, abs=1e-3)
+    assert rig.driver.reflex == ""
+
+
+def test_after_a_reset_what_still_streams_for_where_the_arm_was_is_ignored(world: ArmWorld) -> None:
+    rig = Rig(world)
+    old = rig.begin[:7] + 0.02
+    rig.stream(lambda t: old, 0.1)
+    rig.driver.reset(100_000)  # to the same place: the old target is near, and must not pull
+    rig.stream(lambda t: old, 0.1)
+    rig.stream(lambda t: old + 0.5, 0.1)
+    assert world.positions[:7] == pytest.approx(rig.begin[:7], abs=1e-3)
+    assert rig.driver.reflex == ""
+    assert rig.driver.record.counts["ignored"] == 50
+    rig.stream(lambda t: rig.begin[:7] + 0.01, 0.2)
+    assert world.positions[:7] == pytest.approx(rig.begin[:7] + 0.01, abs=1e-3)
+
+
+def test_limits_of_another_arm_are_refused(world: ArmWorld) -> None:
+    with pytest.raises(CommandError, match="the limits are for joint2"):
+        Driver(world, LIMITS.model_copy(update={"coordinates": LIMITS.coordinates[1:]}), FakeClock())
+    with pytest.raises(TaskError, match="no world 'amr'"):
+        make_world("amr")
+
+
+def test_pictures_show_a_snapshot_and_leave_the_world_alone(world: ArmWorld) -> None:
+    if renderer_available() is None:
+        pytest.skip("no offscreen renderer")
+    rig = Rig(world)
+    eye = world.eye("front", 48, 64)
+    before = rig.driver.snapshot()
+    first = eye(before.picture)
+    rig.stream(lambda t: rig.begin[:7] + 0.4 * t, 0.5)
+    after = rig.driver.snapshot()
+    assert first.shape == (48, 64, 3)
+    assert (eye(after.picture) != first).any()
+    assert (eye(before.picture) == first).all()
+    assert (world.snapshot() == after.picture).all()
+    with pytest.raises(TaskError, match="no camera 'back'"):
+        world.eye("back", 48, 64)
+
+
+def test_the_panda_of_robosuite_holds_its_arm_and_follows() -> None:
+    pytest.importorskip("robosuite")
+    panda = make_world("panda")
+    panda.reset(0)
+    begin = panda.positions.copy()
+    assert len(panda.joint_names) == len(panda.joints().positions) == 9
+    assert set(panda.poses()) == {"cube"}
+    panda.drive(begin)
+    for _ in range(250):
+        panda.step()
+    assert panda.positions[:7] == pytest.approx(begin[:7], abs=2e-3), "gravity is compensated"
+    goal = np.append(begin[:7] + 0.05, 0.06)
+    panda.drive(goal)
+    for _ in range(250):
+        panda.step()
+    assert panda.positions[:7] == pytest.approx(goal[:7], abs=2e-3)
+    assert panda.positions[7] == pytest.approx(0.06, abs=5e-3)
+    panda.close()

@@ -80,7 +80,7 @@ class ArmTask(Task):
         self._nstep = round(_SUBSTEPS_PER_SECOND / self.rate)
         self._q, self._qd = self._data.qpos[:DOF], self._data.qvel[:DOF]
         self._fingers = self._data.qpos[DOF : DOF + 2]
-        self._poses = dict(_poses(self._model, self._data))
+        self._poses = dict(moving_bodies(self._model, self._data))
         site = self._model.site("ee").id
         self._ee_pos, self._ee_rotation = self._data.site_xpos[site], self._data.site_xmat[site].reshape(3, 3)
         self._command = np.array([self.rest[axis] for axis in _AXIS_NAMES])
@@ -200,6 +200,11 @@ class ArmTask(Task):
     def poses(self) -> dict[str, np.ndarray]:
         """Of every object that moves, and the goal: position [m] and quaternion xyzw ``[7]``."""
         return {name: np.append(pos, wxyz[[1, 2, 3, 0]]) for name, (pos, wxyz) in self._poses.items()}
+
+    @property
+    def physics(self) -> tuple[Any, Any]:
+        """MuJoCo's model and data."""
+        return self._model, self._data
 
     # ---- for robots: the world as measured, physics without actions ----------------------------------------------------------
 
@@ -322,7 +327,7 @@ class ArmTask(Task):
         return self._eye(self._data)
 
 
-def _poses(model: Any, data: Any) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+def moving_bodies(model: Any, data: Any) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Names of free and of placed bodies, with views of position ``[3]`` and quaternion wxyz ``[4]``."""
     for index in range(model.nbody):
         body = model.body(index)

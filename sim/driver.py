@@ -1,0 +1,354 @@
+"""``Driver``: what stands between the topics of a real arm and its joints, around a :class:`sim.virtual.World`.
+
+It keeps physics in step with a clock, carries out position targets as a robot's controller does, trips like one when they jump,
+and keeps the record by which safety is judged: what the arm did, whatever anybody meant to command. No ROS.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from robopolicy.deploy.clock import Clock
+from robopolicy.deploy.limits import SafetyLimits
+from robopolicy.deploy.workspace import Kinematics
+from robopolicy.errors import RobopolicyError
+from sim.virtual import Joints, World
+
+REFLEX_SPEED = 1.6  # times the joint's rated speed: about where libfranka and UR's controllers stop the arm
+REFLEX_STEP = 0.1  # between two commands [rad]
+MAX_LAG = 0.1  # physics that is this late gives time up instead of catching up [s]
+
+_WINDOW = 0.02  # accelerations are means over so long [s], as far as encoders can tell
+_STILL = 0.01  # [rad/s]
+_POINTS_EVERY = 4  # steps
+
+
+class CommandError(RobopolicyError):
+    """A command that a controller would not take."""
+
+
+class Snapshot(NamedTuple):
+    """The world at one time.
+
+    Attributes:
+        time: On the driver's clock [s].
+        joints: As measured.
+        poses: Of the objects.
+        picture: For :meth:`World.eye`.
+    """
+
+    time: float
+    joints: Joints
+    poses: dict[str, np.ndarray]
+    picture: np.ndarray
+
+
+class Record:
+    """The worst of what the joints did and were told to do, against what the arm's maker rates.
+
+    Ratios: 1 is the limit. Joints are those whose tracking is watched: grippers hit things, that is their job.
+
+    Args:
+        limits: Rated limits, workspace and table.
+        kinematics: Of the points that are held against the workspace; None: none are.
+        timestep: Of physics [s].
+        rate: Of commands [Hz].
+    """
+
+    def __init__(self, limits: SafetyLimits, kinematics: Kinematics | None, timestep: float, rate: float) -> None:
+        watched = [i for i, c in enumerate(limits.coordinates) if c.tracking is not None]
+        self._columns, coordinates = np.array(watched), [limits.coordinates[i] for i in watched]
+        self._names = [c.name for c in coordinates]
+        self._lower, self._upper = (np.array([getattr(c, key) for c in coordinates]) for key in ("lower", "upper"))
+        self._rated = {key: np.array([getattr(c, key) for c in coordinates]) for key in ("velocity", "acceleration", "jerk")}
+        self._box, self._kinematics = limits.workspace, kinematics
+        self._timestep, self._period = timestep, 1.0 / rate
+        self._window = max(1, round(_WINDOW / timestep))
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.worst: dict[str, tuple[float, str]] = {}
+        self.counts = dict.fromkeys(("commands", "refused", "ignored", "reflexes", "steps"), 0)
+        self.moved = self.commanded = float("-inf")  # when a joint last moved, and a target last changed
+        self._forget()
+
+    def _forget(self) -> None:
+        """The past is not connected to what comes: a reset moved the arm."""
+        n = len(self._columns)
+        self._speeds = np.zeros((self._window + 1, n))
+        self._accelerations = np.zeros((self._window + 1, n))
+        self._since = 0
+        self._commands: list[tuple[float, np.ndarray]] = []
+
+    def restart(self) -> None:
+        """The arm was put elsewhere."""
+        self._forget()
+
+    def step(self, now: float, positions: np.ndarray, velocities: np.ndarray) -> None:
+        """What the joints did in one step of physics."""
+        q, v = positions[self._columns], velocities[self._columns]
+        self.counts["steps"] += 1
+        self._note("position", np.maximum(q - self._upper, self._lower - q))
+        self._note("velocity", np.abs(v) / self._rated["velocity"])
+        if np.abs(v).max() > _STILL:
+            self.moved = now
+        here, before = self._since % (self._window + 1), (self._since + 1) % (self._window + 1)  # of the ring: now, a window ago
+        span = self._window * self._timestep
+        self._speeds[here] = v
+        if self._since >= self._window:
+            acceleration = (v - self._speeds[before]) / span
+            self._note("acceleration", np.abs(acceleration) / self._rated["acceleration"])
+            self._accelerations[here] = acceleration
+            if self._since >= 2 * self._window:
+                self._note("jerk", np.abs(acceleration - self._accelerations[before]) / span / self._rated["jerk"])
+        self._since += 1
+        if self._kinematics is not None and self._box is not None and self.counts["steps"] % _POINTS_EVERY == 0:
+            points = self._kinematics.points(positions)
+            outside = np.maximum(points[0] - self._box.upper, self._box.lower - points[0])
+            self._worst("workspace", float(outside.max()), "xyz"[int(outside.argmax())])
+            if self._box.table is not None:
+                depths = self._box.table - points[:, 2]
+                self._worst("table", float(depths.max()), self._kinematics.names[int(depths.argmax())])
+
+    def command(self, now: float, targets: np.ndarray) -> None:
+        """One command of the watched joints. Rates are per nominal period, or per the time that passed if that was longer."""
+        self.counts["commands"] += 1
+        if self._commands:
+            last_time, last = self._commands[-1]
+            step = np.abs(targets - last)
+            self._note("command_step", step)
+            self._note("command_velocity", step / max(now - last_time, self._period) / self._rated["velocity"])
+            if step.max() > 1e-7:
+                self.commanded = now
+        self._commands = [*self._commands[-3:], (now, targets.copy())]
+        times = np.diff([time for time, _ in self._commands]) / self._period
+        if len(times) == 3 and (np.abs(times - 1.0) < 0.5).all():  # else one may have been lost between them
+            path = np.array([target for _, target in self._commands])
+            for order, key in ((2, "acceleration"), (3, "jerk")):
+                rates = np.abs(np.diff(path, order, axis=0)[-1]) / self._period**order
+                self._note(f"command_{key}", rates / self._rated[key])
+
+    def asdict(self) -> dict[str, Any]:
+        """Worst values with the joint each is of, and counts. ``position`` in rad (negative: room left), poses in m."""
+        return {key: {"worst": value, "of": what} for key, (value, what) in sorted(self.worst.items())} | self.counts
+
+    def _note(self, key: str, values: np.ndarray) -> None:
+        i = int(values.argmax())
+        self._worst(key, float(values[i]), self._names[i])
+
+    def _worst(self, key: str, value: float, what: str) -> None:
+        if key not in self.worst or value > self.worst[key][0]:
+            self.worst[key] = (value, what)
+
+
+class Driver:
+    """Set points, reflexes and time of one arm. Every method may be called from any thread.
+
+    Args:
+        world: Moved by nobody else; reset.
+        limits: Of the arm, for reflexes and the record; their names are the world's.
+        clock: Physics keeps up with it.
+        rate: At which commands are expected [Hz].
+        lookahead: Streamed targets are reached on a straight line in so long [s]: robots' controllers smooth what they are
+            sent, UR's by 0.03 s at least.
+
+    Attributes:
+        reflex: Why the arm has stopped by itself and takes no commands; empty while it does.
+    """
+
+    def __init__(
+        self, world: World, limits: SafetyLimits, clock: Clock, *, rate: float = 100.0, lookahead: float = 0.02
+    ) -> None:  # fmt: skip
+        if tuple(world.names) != limits.names:
+            raise CommandError(f"the arm has {', '.join(world.names)}; the limits are for {', '.join(limits.names)}")
+        self.world, self._clock, self._lock = world, clock, threading.RLock()
+        self.record = Record(limits, world.kinematics, world.timestep, rate)
+        self._watched = np.array([i for i, c in enumerate(limits.coordinates) if c.tracking is not None])
+        self._rated = np.array([c.velocity for c in limits.coordinates])
+        self._period, self._lookahead = 1.0 / rate, max(1, round(lookahead / world.timestep))
+        self.reflex = ""
+        self._last: np.ndarray | None = None  # watched targets of the last command
+        self._stale: np.ndarray | None = None  # the last ones before the arm was put elsewhere
+        self.reset(0)
+
+    def reset(self, seed: int | None) -> None:
+        """Put the arm where an episode begins.
+
+        What still streams for where it was is ignored: the target it had, and everything more than a reflex's step away.
+        """
+        with self._lock:
+            self._stale = self._stale if self._last is None else self._last
+            self.world.reset(seed)
+            self._set = self._goal = self.world.positions
+            self._left = np.zeros(len(self._set), int)
+            self._path: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+            self._last = None
+            self._last_time = float("-inf")
+            self.reflex = ""
+            self._begun, self._steps, self._lost = self._clock.now(), 0, 0.0
+            self.record.restart()
+
+    # ---- commands ------------------------------------------------------------------------------------------------------------
+
+    def stream(self, columns: Sequence[int] | np.ndarray, targets: np.ndarray) -> None:
+        """One of a stream of position targets for some coordinates, as forward_command_controller takes them.
+
+        Raises:
+            CommandError: Wrong length, or not finite: nothing is done.
+        """
+        targets, columns = np.asarray(targets, np.float64), np.asarray(columns)
+        with self._lock:
+            self._check(targets, columns)
+            now, full = self._clock.now(), self._goal.copy()
+            full[columns] = targets
+            watched = full[self._watched]
+            if self._last is None and self._before_reset(watched):
+                self.record.counts["ignored"] += 1
+                return
+            if self._trips(watched, now):
+                return
+            self.record.command(now, watched)
+            self._last, self._last_time, self._path = watched, now, None
+            self._goal, self._left[columns] = full, self._lookahead
+
+    def grip(self, width: float) -> None:
+        """A target of the last coordinate; its own controller takes care of it."""
+        with self._lock:
+            self._check(np.array([width]), np.array([-1]))
+            self._goal = self._goal.copy()
+            self._goal[-1], self._left[-1] = width, 1
+
+    def follow(self, columns: Sequence[int] | np.ndarray, times: np.ndarray, points: np.ndarray) -> None:
+        """A trajectory ``[k, len(columns)]`` that is at its points ``times`` [s] from now, straight in between.
+
+        Raises:
+            CommandError: As joint_trajectory_controller refuses it.
+        """
+        columns, times, points = np.asarray(columns), np.asarray(times, np.float64), np.asarray(points, np.float64)
+        with self._lock:
+            if len(times) == 0 or points.shape != (len(times), len(columns)):
+                raise self._refusal(f"a trajectory of shape {points.shape} with {len(times)} times for {len(columns)} joints")
+            if (np.diff(times) <= 0).any() or times[-1] <= 0:
+                raise self._refusal("times of a trajectory must increase, and not all be past")
+            for point in points:
+                self._check(point, columns)
+            now = self._clock.now()
+            full = np.repeat(self._goal[None], len(points), axis=0)
+            full[:, columns] = points
+            gap = max(float(times[0]), self._period)
+            if self._trips(full[0, self._watched], now, gap):
+                return
+            self.record.counts["commands"] += 1
+            if np.abs(full[-1] - self._set).max() > 1e-7:
+                self.record.commanded = now
+            start = max(self._steps * self.world.timestep, 0.0)
+            self._path = (np.append(0.0, times) + start, np.vstack([self._set, full]), columns)
+            self._last, self._last_time, self._goal = full[-1, self._watched], now + float(times[-1]), full[-1]
+
+    def reset_reflex(self) -> None:
+        """Take commands again, from where the arm is."""
+        with self._lock:
+            self.reflex, self._last, self._stale = "", None, None
+            self._set = self._goal = self.world.positions
+            self._left[:] = 0
+
+    def _check(self, targets: np.ndarray, columns: np.ndarray) -> None:
+        if targets.shape != columns.shape:
+            raise self._refusal(f"{len(targets)} values for {len(columns)} joints")
+        if not np.isfinite(targets).all():
+            raise self._refusal("values that are not finite")
+
+    def _refusal(self, why: str) -> CommandError:
+        self.record.counts["refused"] += 1
+        return CommandError(f"command refused: {why}")
+
+    def _before_reset(self, watched: np.ndarray) -> bool:
+        if self._stale is None:
+            return False
+        same = np.abs(watched - self._stale).max() < 1e-6
+        return bool(same or np.abs(watched - self._set[self._watched]).max() > REFLEX_STEP)
+
+    def _trips(self, watched: np.ndarray, now: float, gap: float | None = None) -> bool:
+        """Whether the arm's own reflexes stop it, now or before."""
+        if self.reflex:
+            return True
+        last = self._set[self._watched] if self._last is None or gap is not None else self._last
+        step = np.abs(watched - last)
+        passed = gap if gap is not None else max(now - self._last_time, self._period)
+        speed = step / passed / self._rated[self._watched]
+        far, fast = step.max() > REFLEX_STEP and gap is None, speed.max() > REFLEX_SPEED
+        if not (far or fast):
+            return False
+        i = int((step if far else speed).argmax())
+        name = self.world.names[self._watched[i]]
+        self.reflex = f"{name} was told to move {step[i]:.3g} rad in {passed:.3g} s, {speed[i]:.2g} times its rated speed"
+        self.record.counts["reflexes"] += 1
+        self._goal, self._path = self._set.copy(), None
+        self._left[:] = 0
+        return True
+
+    # ---- time ----------------------------------------------------------------------------------------------------------------
+
+    def advance(self) -> int:
+        """Step physics to the clock's time: how many steps it took."""
+        with self._lock:
+            timestep, now = self.world.timestep, self._clock.now()
+            late = now - self._begun - self._steps * timestep
+            if late > MAX_LAG:
+                self._begun += late - timestep
+                self._lost += late - timestep
+            taken = 0
+            while (self._steps + 1) * timestep <= now - self._begun + 1e-9:
+                self._move()
+                self.world.step()
+                self._steps += 1
+                taken += 1
+                self.record.step(self._begun + self._steps * timestep, self.world.positions, self.world.velocities)
+            return taken
+
+    def _move(self) -> None:
+        """The set points of the next step."""
+        if self._path is not None:
+            times, points, columns = self._path
+            t = (self._steps + 1) * self.world.timestep
+            self._set = self._set.copy()
+            self._set[columns] = [np.interp(t, times, points[:, i]) for i in columns]
+            if t >= times[-1]:
+                self._path = None
+        moving = self._left > 0
+        if moving.any():
+            self._set = self._set.copy()
+            self._set[moving] += (self._goal - self._set)[moving] / self._left[moving]
+            self._left[moving] -= 1
+        self.world.drive(self._set)
+
+    def snapshot(self) -> Snapshot:
+        """The world as of the last step."""
+        with self._lock:
+            time = self._begun + self._steps * self.world.timestep
+            return Snapshot(time, self.world.joints(), self.world.poses(), self.world.snapshot())
+
+    @property
+    def real_time_factor(self) -> float:
+        """Time simulated over time passed since the last reset."""
+        simulated = self._steps * self.world.timestep
+        return simulated / (simulated + self._lost) if simulated else 1.0
+
+    def report(self) -> dict[str, Any]:
+        """The record; times are seconds ago."""
+        with self._lock:
+            now = self._clock.now()
+            return self.record.asdict() | {
+                "reflex": self.reflex,
+                "success": self.world.success,
+                "real_time_factor": self.real_time_factor,
+                "lost_s": self._lost,
+                "since_moved_s": now - self.record.moved,
+                "since_commanded_s": now - self.record.commanded,
+                "positions": dict(zip(self.world.names, self.world.positions.tolist(), strict=True)),
+            }
