@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("robopolicy.evaluate.compare", "compare policies on the same seeds, with tests that may be looked at any time"),
     "export": ("robopolicy.deploy.export", "write a checkpoint as graphs that run without torch: onnx, openvino, torchscript"),
     "bench": ("robopolicy.bench.commands", "measure latency, percentile by percentile, of a checkpoint or an export"),
+    "up": ("hardware.ros2.up", "start a policy on an arm over ROS 2, or on the virtual arm, without a ROS installation"),
     "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),
 }
 

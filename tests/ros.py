@@ -119,15 +119,18 @@ class Sandbox:
 
     Attributes:
         domain: Its number.
-        environment: For processes; set in this one, too.
         folder: For files; deleted afterwards.
     """
 
     def __init__(self, number: int, folder: Path) -> None:
         self.domain, self.folder = number, folder
-        self.environment = os.environ | environment(number)
         self.processes: list[Process] = []
         self._node: Any = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes; it is this one's, too."""
+        return os.environ | environment(self.domain)
 
     # ---- processes -----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,249 @@
+"""Processes that live and end together: started in order, each once the last is ready, ended in the reverse order.
+
+Children have sessions of their own, so that Ctrl-C in a terminal reaches only the supervisor, which ends the policy before the
+arm. Should the supervisor be killed, the system interrupts each child, and each child stops by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from hardware.ros2 import shm
+from hardware.ros2.runtime import Ros, RosError
+from hardware.ros2.system import Process
+
+READY = 60.0  # [s] for a process to be there
+CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
+ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
+FIRST_CODE = 10  # exit code when the first process dies; the second: one more
+COMMANDS = ("start", "stop", "home", "estop", "reset")
+_PR_SET_PDEATHSIG = 1
+
+
+class _Over(Exception):
+    """Time to end, with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class Child:
+    """A process that runs, its output prefixed with its name."""
+
+    def __init__(self, process: Process, environment: Mapping[str, str]) -> None:
+        self.process = process
+        self._segments: set[str] = set()
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", process.module, *process.arguments],
+            env={**environment, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_interrupt_with_parent,
+        )
+        self._reader = threading.Thread(target=self._copy, name=f"output of {process.name}", daemon=True)
+        self._reader.start()
+
+    def _copy(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            say(line.rstrip("\n"), self.process.name)
+
+    @property
+    def code(self) -> int | None:
+        """Exit code; negative: the signal that killed it; None: it runs."""
+        return self.popen.poll()
+
+    def end(self, hurry: Callable[[], bool]) -> None:
+        """End it, politely first; at once where ``hurry()``."""
+        for number, seconds in ENDS:
+            if number != signal.SIGKILL and hurry():
+                continue
+            if self.code is None:
+                if number != signal.SIGINT:
+                    say(f"does not end; sending {number.name}", self.process.name)
+                self._segments |= shm.segments(self.popen.pid)
+                self.popen.send_signal(number)
+            end = time.monotonic() + seconds
+            while self.code is None and time.monotonic() < end and (number == signal.SIGKILL or not hurry()):
+                time.sleep(0.02)
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)  # what it has started itself
+        self._reader.join(2.0)
+        shm.remove(path for path in shm.leftovers(age=0.0) if shm.belongs(path, self._segments))
+
+    def watch(self) -> None:
+        """Remember the shared memory that it uses: if it is killed, that is deleted here."""
+        self._segments |= shm.segments(self.popen.pid)
+
+
+def _interrupt_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+_PRINTING = threading.Lock()
+
+
+def say(text: str, who: str = "up") -> None:
+    """A line of output."""
+    with _PRINTING, suppress(BrokenPipeError):  # whoever reads it has gone: the arm is still ended in order
+        print(f"[{who}] {text}", flush=True)
+
+
+class Supervisor:
+    """Runs processes until one ends, or it is told to.
+
+    Args:
+        processes: In the order of their start.
+        environment: Theirs.
+    """
+
+    def __init__(self, processes: Sequence[Process], environment: Mapping[str, str]) -> None:
+        self._processes, self._environment = processes, environment
+        self._children: list[Child] = []
+        self._signals: list[int] = []
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """The exit code."""
+        os.environ.update(self._environment)  # the supervisor's own node must speak as theirs do
+        with self._handling(), Ros(signals=False) as ros:
+            self._node = ros.node(f"robopolicy_up_{os.getpid()}")
+            ros.spin_in_thread()
+            try:
+                for process in self._processes:
+                    self._start(process)
+                threading.Thread(target=self._listen, name="commands", daemon=True).start()
+                self._until(lambda: False, None, "")
+            except _Over as over:
+                return over.code
+            except RosError as error:
+                say(str(error))
+                return 2
+            finally:
+                self._end()
+        raise AssertionError("unreachable: waiting for nothing ends by an exception")
+
+    # ---- starting ------------------------------------------------------------------------------------------------------------
+
+    def _start(self, process: Process) -> None:
+        say(f"starting {process.name}: python -m {' '.join((process.module, *process.arguments))}")
+        self._children.append(Child(process, self._environment))
+        for topic in process.ready:
+            self._until(partial(self._node.count_publishers, topic), READY, f"topic {topic} of {process.name}")
+        if process.lifecycle is not None:
+            for transition in ("configure", "activate"):
+                self._transition(process, transition)
+            if process.lifecycle:
+                self._command(process, "start")
+            else:
+                say("ready; the policy moves the arm when you type: start")
+        say(f"{process.name} runs")
+
+    def _transition(self, process: Process, name: str) -> None:
+        from lifecycle_msgs.msg import Transition
+        from lifecycle_msgs.srv import ChangeState
+
+        say(f"{name} {process.name}")
+        request = ChangeState.Request(transition=Transition(id=getattr(Transition, f"TRANSITION_{name.upper()}")))
+        if not self._call(ChangeState, f"{process.node}/change_state", request, CONFIGURE).success:
+            raise RosError(f"{process.name} could not {name}; its lines above say why")
+
+    def _command(self, process: Process, name: str) -> None:
+        """One of :data:`COMMANDS` of a policy."""
+        from std_srvs.srv import Trigger
+
+        answer = self._call(Trigger, f"{process.node}/{name}", Trigger.Request(), READY)
+        say(f"{name}: {'done' if answer.success else 'refused'}{': ' + answer.message if answer.message else ''}")
+
+    def _call(self, kind: Any, service: str, request: Any, seconds: float) -> Any:
+        client = self._node.create_client(kind, service)
+        try:
+            self._until(client.service_is_ready, READY, f"service {service}")
+            future = client.call_async(request)
+            self._until(future.done, seconds, f"the answer of {service}")
+            return future.result()
+        finally:
+            self._node.destroy_client(client)
+
+    # ---- running -------------------------------------------------------------------------------------------------------------
+
+    def _until(self, condition: Callable[[], Any], seconds: float | None, what: str) -> None:
+        """Wait for it while everything runs; raises :class:`_Over` when a process ends or we are told to."""
+        end = None if seconds is None else time.monotonic() + seconds
+        looked = 0.0
+        while not condition():
+            if self._signals:
+                say("ending")
+                raise _Over(130 if self._signals[0] == signal.SIGINT else 143)
+            for index, child in enumerate(self._children):
+                if (code := child.code) is not None:
+                    say(f"{child.process.name} {_ended(code)}; ending the others")
+                    raise _Over(0 if code == 0 else FIRST_CODE + index)
+            if end is not None and time.monotonic() > end:
+                raise RosError(f"{what} did not come within {seconds:g} s")
+            if time.monotonic() > looked + 1.0:
+                looked = time.monotonic()
+                for child in self._children:
+                    child.watch()
+            while seconds is None and not self._lines.empty():
+                self._typed(self._lines.get())
+            time.sleep(0.02)
+
+    def _listen(self) -> None:
+        """Lines that are typed."""
+        with suppress(OSError, ValueError):  # nobody there
+            if sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
+                return  # in the background, where reading would suspend us, and the arm with us
+            for line in sys.stdin:
+                self._lines.put(line.strip())
+
+    def _typed(self, line: str) -> None:
+        policies = [process for process in self._processes if process.lifecycle is not None]
+        if line in COMMANDS and policies:
+            for process in policies:
+                with suppress(RosError):
+                    self._command(process, line)
+        elif line:
+            say(f"'{line}' is none of {', '.join(COMMANDS)}" if policies else "no policy runs here")
+
+    # ---- ending --------------------------------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """All, the last started first: a policy stands before its arm goes. A second Ctrl-C kills."""
+        for child in reversed(self._children):
+            child.end(lambda: len(self._signals) > 1)
+            say(f"{child.process.name} {_ended(child.code or 0)}")
+
+    @contextmanager
+    def _handling(self) -> Iterator[None]:
+        def told(number: int, frame: FrameType | None) -> None:
+            self._signals.append(number)
+
+        before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _ended(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}" if code else "has ended"

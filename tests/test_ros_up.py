@@ -1,0 +1,260 @@
+"""`robopolicy up`: what it starts, in which order, what it does when something dies, is interrupted, or is killed itself."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ros import Process, Sandbox
+
+from hardware.ros2 import up
+from hardware.ros2.system import SystemFileError, load_system
+from robopolicy import cli
+
+# Stand-ins for an arm's driver and a policy's lifecycle node; every line says when it was.
+ARM = """
+import rclpy, signal, sys
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import JointState
+rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+node = rclpy.create_node("stand_in_arm")
+print("domain of args", sys.argv[1:], flush=True)
+publisher = node.create_publisher(JointState, "joint_states", 1)
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: told.append(True))
+node.declare_parameter("life", 1e9)
+node.create_timer(node.get_parameter("life").value, lambda: sys.exit(7))
+while not told:
+    rclpy.spin_once(node, timeout_sec=0.05)
+print("arm has stopped", flush=True)
+node.destroy_node(); rclpy.shutdown()
+"""
+POLICY = """
+import rclpy, signal
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.signals import SignalHandlerOptions
+from std_srvs.srv import Trigger
+class Policy(LifecycleNode):
+    def __init__(self):
+        super().__init__("stand_in_policy")
+        self.declare_parameter("bad", False)
+        for name in ("start", "stop", "home", "estop", "reset"):
+            self.create_service(Trigger, f"~/{name}", lambda _, answer, name=name: self.told(name, answer))
+    def told(self, name, answer):
+        print("called", name, flush=True)
+        answer.success, answer.message = True, f"I {name}"
+        return answer
+    def on_configure(self, state):
+        print("configured", flush=True)
+        return TransitionCallbackReturn.FAILURE if self.get_parameter("bad").value else TransitionCallbackReturn.SUCCESS
+    def on_activate(self, state):
+        print("activated", flush=True)
+        return super().on_activate(state)
+rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: told.append(True))
+node = Policy()
+while not told:
+    rclpy.spin_once(node, timeout_sec=0.05)
+print("policy has stopped", flush=True)
+node.destroy_node(); rclpy.shutdown()
+"""
+SYSTEM = """
+description: two stand-ins
+arguments:
+  life: {default: 1000000.0, help: "seconds until the arm dies"}
+  bad: {default: false, help: "the policy cannot configure"}
+  start: {default: true, help: "let it move"}
+  policy: {default: true, help: "whether there is one"}
+  namespace: {default: "", help: "of all"}
+environment: {STAND_IN: here}
+processes:
+  arm: {module: stand_in_arm, node: stand_in_arm, parameters: {life: $life}, ready: [joint_states]}
+  policy: {module: stand_in_policy, node: stand_in_policy, when: $policy, parameters: {bad: $bad}, lifecycle: $start}
+"""
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "stand_in_arm.py").write_text(ARM)
+    (tmp_path / "stand_in_policy.py").write_text(POLICY)
+    (tmp_path / "two.yaml").write_text(SYSTEM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "two.yaml"
+
+
+def start(ros: Sandbox, *arguments: object) -> Process:
+    return ros.run([sys.executable, "-m", "robopolicy.cli", "up", *map(str, arguments)])
+
+
+def order(output: str, *texts: str) -> None:
+    """Each text is in the output, after the one before."""
+    found = [output.find(text) for text in texts]
+    assert -1 not in found, f"'{texts[found.index(-1)]}' is missing in\n{output}"
+    assert found == sorted(found), output
+
+
+def test_starts_in_order_and_ends_in_reverse_on_ctrl_c(ros: Sandbox, system: Path) -> None:
+    process = start(ros, system, "namespace=left")
+    process.wait_for_output("policy runs", 40)
+    process.send(signal.SIGINT)
+    assert process.wait(20) == 130
+    order(
+        process.output(),
+        "starting arm", "[up] arm runs", "starting policy", "[policy] configured", "[policy] activated", "[policy] called start",
+        "start: done: I start", "[up] policy runs", "[up] ending", "[policy] policy has stopped", "[up] policy has ended",
+        "[arm] arm has stopped", "[up] arm has ended",
+    )  # fmt: skip
+    assert "__ns:=/left" in process.output()
+
+
+def test_one_dies_the_others_are_ended_and_the_exit_code_says_which(ros: Sandbox, system: Path) -> None:
+    process = start(ros, system, "life=3.0", "start=false")
+    assert process.wait(40) == 10  # the first of the file
+    order(process.output(), "arm ended with exit code 7; ending the others", "policy has stopped")
+
+
+def test_a_policy_that_cannot_configure_ends_everything_with_2(ros: Sandbox, system: Path) -> None:
+    process = start(ros, system, "bad=true")
+    assert process.wait(40) == 2
+    order(process.output(), "[policy] configured", "policy could not configure", "arm has stopped")
+
+
+def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
+    command = [sys.executable, "-m", "robopolicy.cli", "up", str(system), "start=false"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=ros.environment, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        seen: list[str] = []
+
+        def read_until(text: str) -> None:
+            for line in process.stdout or ():
+                seen.append(line)
+                if text in line:
+                    return
+            pytest.fail(f"'{text}' did not come:\n{''.join(seen)}")
+
+        read_until("policy runs")
+        assert not any("called start" in line for line in seen)  # it does not move by itself
+        process.stdin.write("start\nfly\nestop\n")
+        process.stdin.flush()
+        read_until("estop: done: I estop")
+        assert any("'fly' is none of start" in line for line in seen)
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "stand_in_policy"], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        read_until("policy was killed by SIGKILL; ending the others")
+        read_until("arm has ended")
+        assert process.wait(20) == 11  # the second of the file
+
+
+def test_a_killed_supervisor_leaves_nothing_running(ros: Sandbox, system: Path, tmp_path: Path) -> None:
+    process = start(ros, system)
+    process.wait_for_output("policy runs", 40)
+    process.popen.kill()
+    ros.until(lambda: not _running("stand_in_arm") and not _running("stand_in_policy"), 15, "the end of the children")
+
+
+def _running(module: str) -> bool:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if module.encode() in words and f"ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}".encode() in _environ(path.parent):
+            return True
+    return False
+
+
+def _environ(folder: Path) -> list[bytes]:
+    try:
+        return (folder / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["virtual", "policy", "record"])
+def test_files_that_come_with_the_project(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    system = load_system(up.find(name))
+    assert all(argument.help for argument in system.arguments.values())
+    assert system.environment["FASTDDS_BUILTIN_TRANSPORTS"] == "LARGE_DATA"
+    assert system.processes({})
+    assert cli.main(["up", name, "--show-args"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^{argument}=", shown, re.M) for argument in system.arguments)
+
+
+def test_the_virtual_arm_alone_recording_and_namespaces() -> None:
+    system = load_system(up.find("virtual"))
+    assert [process.name for process in system.processes({"checkpoint": ""})] == ["arm"]
+    names = [process.name for process in system.processes({"record": "x.zarr"})]
+    assert names == ["arm", "recorder", "policy"]  # the policy last: it is ended first
+    arm = system.processes({"namespace": "left"})[0]
+    assert arm.node == "/left/virtual_arm"
+    assert arm.ready == ("/left/joint_states",)
+    assert arm.arguments[:3] == ("--ros-args", "-r", "__ns:=/left")
+
+
+def test_values_reach_ros_with_their_types(system: Path) -> None:
+    arm = load_system(system).processes({"life": "3"})[0]
+    assert "life:=3.0" in arm.arguments  # a whole number would be refused by a node whose parameter is a float
+
+
+def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("arguments: {out: {default: a, help: b}}\nprocesses: {p: {module: m, parameters: {out: $out, empty: ''}}}")
+    assert load_system(file).processes({"out": "12"})[0].arguments == ("--ros-args", "-p", 'out:="12"')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processes: {p: {modul: m}}", "unknown key 'modul': did you mean 'module'?"),
+        ("processes: {p: {}}", "has no 'module'"),
+        ("arguments: {rate: {default: 1}}\nprocesses: {p: {module: m, when: $rat}}", "did you mean 'rate'?"),
+        ("[1]", "is a list"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_key(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemFileError, match=re.escape(expected)):
+        load_system(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["virtul"], "did you mean 'virtual'?"),
+        (["./no.yaml"], "'no.yaml' cannot be read: No such file"),
+        (["virtual", "chekpoint=x"], "unknown argument 'chekpoint': did you mean 'checkpoint'?"),
+        (["virtual", "start=maybe"], "argument 'start' is 'maybe'; expected true or false"),
+        (["virtual", "start"], "'start' is not of the form KEY=VALUE"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["up", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_of_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("start: maybe\n")
+    assert cli.main(["up", "virtual", "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "'maybe'" in capsys.readouterr().err
+    start = time.monotonic()
+    assert cli.main(["up", "virtual", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert time.monotonic() - start < 5
