@@ -66,7 +66,7 @@ class Slot(Generic[T]):
         """The same for one that came at ``came``."""
         header = getattr(message, "header", None)
         made = None if header is None else self._clock.made(header.stamp)
-        nanoseconds = None if made is None else header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
+        nanoseconds = None if header is None or made is None else header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
         try:
             self._in_order(nanoseconds)
             value = self._read(message)

@@ -36,12 +36,15 @@ class DHKinematics:
         chain: The table.
         coordinates: Of the robot; the chain's joints are the first of them, the others, grippers, move nothing.
 
+    Attributes:
+        joints: How many coordinates it takes.
+
     Raises:
         ConfigError: There are fewer coordinates than joints, or a point is in a frame that does not exist.
     """
 
     def __init__(self, chain: Chain, coordinates: int | None = None) -> None:
-        count = len(chain.rows)
+        count = self.joints = len(chain.rows)
         self._n = count if coordinates is None else coordinates
         if self._n < count:
             raise ConfigError(f"kinematics has {count} rows for {self._n} coordinates; give one row a joint")

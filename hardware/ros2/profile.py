@@ -241,8 +241,14 @@ class RosProfile(Config):
             raise ValueError(f"state.joints gives {', '.join(self.state.joints)}; the limits are for {', '.join(names)}")
         if self.state.type != "joints" and set(names) - set(self.state.joints) - set(POSE):
             raise ValueError(f"nothing measures {', '.join(sorted(set(names) - set(self.state.joints) - set(POSE)))}")
-        if self.state.type == "fk" and self.kinematics is None:
-            raise ValueError("state of type 'fk' needs 'kinematics'")
+        chain = [name for name in self.state.joints if name not in names]
+        if self.state.type == "fk" and (self.kinematics is None or len(self.kinematics.rows) != len(chain)):
+            raise ValueError("state of type 'fk' needs 'kinematics', and its joints in state.joints, one a row")
+        apart = self.gripper is not None and self.gripper.state_topic is not None
+        if self.state.type == "pose" and self.state.joints and not apart:
+            raise ValueError("a pose holds no joints; give gripper.state_topic, where those of state.joints come")
+        if self.command.type == "trajectory" and any(len(self.state.joint(name).names) > 1 for name in self.command.joints):
+            raise ValueError("a trajectory's coordinates must be one joint each")
         if self.home is not None and sorted(self.home) != sorted(names):
             raise ValueError(f"home gives {', '.join(self.home)}; the limits are for {', '.join(names)}")
         if len(set(self.joint_names)) < len(self.joint_names):

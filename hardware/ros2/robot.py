@@ -1,0 +1,307 @@
+"""``RosRobot``: the :class:`robopolicy.robot.Robot` behind ROS 2 topics."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from hardware.ros2.contract import Topic, message_type, robot_topics
+from hardware.ros2.inputs import Decoder, Latest, Slot
+from hardware.ros2.joints import make_model, near
+from hardware.ros2.kinematics import DHKinematics
+from hardware.ros2.messages import JointReader, read_image, read_pose
+from hardware.ros2.outputs import Outputs, Send
+from hardware.ros2.profile import POSE, RosProfile
+from hardware.ros2.runtime import RosClock, RosError
+from hardware.ros2.services import ANSWER, TRIGGER, call, set_parameter
+from robopolicy.deploy.safety import Stamp
+from robopolicy.robot import Measured, RobotModel, Sample, State
+
+READY = 20.0  # [s]: for a driver and its topics to be found
+_POLL = 0.01  # [s]
+_NEVER = Stamp(-math.inf)  # older than any limit
+
+
+class RosRobot:
+    """An arm behind the topics of a profile.
+
+    The node's subscriptions fill slots, whoever spins it; the methods of :class:`Robot` look at what is newest there and never
+    wait. Only :meth:`ready` and :meth:`reset` wait, for messages: never call them from a callback.
+
+    Args:
+        profile: Which topics, joints and controllers.
+        node: Anything with rclpy's methods of nodes; spun by its owner, in another thread than the one that waits.
+        clock: Of stamps.
+        model: What measurements and actions mean; None: the profile's.
+        enabled: Whether commands go out. False, for shadow mode: there is not even a publisher.
+
+    Attributes:
+        slots: ``state``, ``gripper_state`` and every input by name: their values, ages, rates and refusals.
+    """
+
+    def __init__(
+        self, profile: RosProfile, node: Any, clock: RosClock, model: RobotModel | None = None, *, enabled: bool = True
+    ) -> None:
+        self.profile, self.node, self.clock = profile, node, clock
+        self._fresh = profile.safety.freshness.state
+        self.model = make_model(profile) if model is None else model
+        self.names, self.kinematics = self.model.names, self.model.kinematics
+        self.observation_features, self.action_feature = self.model.observation_features, self.model.action_feature
+        self.topics = robot_topics(profile, self.model.inputs)
+        self.slots: dict[str, Slot[Any]] = {}
+        self._paths: dict[str, str] = {}  # names of topics as resolved, by key
+        self._made: list[tuple[Callable[[Any], Any], Any]] = []  # how to undo it, and what
+        self._decoder: Decoder | None = None
+        self._success = False
+        self._success_told = threading.Event()
+        self._seen: Latest[Any] | None = None  # of the state
+        self._before: Latest[Any] | None = None
+        self._positions = np.full(len(self.names), np.nan)
+        self._read_state, self._read_gripper = self._readers()
+        self._publishers: dict[str, Any] = {}
+        for topic in self.topics:
+            if topic.direction == "in":
+                self._subscribe(topic)
+            elif enabled:
+                self._advertise(topic)
+        self._outputs: Outputs | None = None
+        if enabled:
+            gripper = self._publishers.get("gripper")
+            self._outputs = Outputs(profile, clock, self._publishers["command"].publish, gripper and gripper.publish)
+            if profile.command.velocity:
+                self._keep(node.create_timer(1.0 / profile.rate, self._outputs.watch), node.destroy_timer)
+
+    # ---- Robot ---------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        latest = self.slots["state"].latest
+        if latest is None:
+            return State(self._positions.copy(), _NEVER)
+        if self._seen is None or latest.number != self._seen.number:
+            self._before, self._seen = self._seen, latest
+            self._positions[self._arm_columns] = self._arm_positions(latest)
+        if self._read_gripper is not None and (gripper := self.slots["gripper_state"].latest) is not None:
+            self._positions[self._gripper_columns] = gripper.value[0]
+        return State(self._positions.copy(), latest.stamp)
+
+    def observe(self) -> Sample:
+        state = self.state()
+        inputs: dict[str, np.ndarray] = {}
+        stamps: dict[str, Stamp] = {}
+        for name, slot in self.slots.items():
+            if name == "state":
+                continue
+            if slot.latest is None:
+                raise RosError(f"nothing has come for input '{name}'; {self._mend(name)}")
+            stamps[name] = slot.latest.stamp
+            if name in self.model.inputs:
+                inputs[name] = slot.latest.value
+        measured = Measured(state.positions, self._velocities(), inputs)
+        # The rows of the plan count from when the world looked like this: the oldest of what was seen.
+        times = [stamp.came if stamp.made is None else min(stamp.came, stamp.made) for stamp in (state.stamp, *stamps.values())]
+        return Sample(self.model.observe(measured), min(times), stamps)
+
+    def targets(self, action: np.ndarray) -> np.ndarray:
+        return self.model.targets(action)
+
+    def command(self, positions: np.ndarray) -> None:
+        if self._outputs is not None:
+            fresh = self.slots["state"].age(self.clock.now()) <= self._fresh
+            self._outputs.send(positions, self._positions if fresh else None)
+
+    def stop(self) -> None:
+        if self._outputs is not None:
+            self._outputs.stop()
+
+    def reset(self, seed: int | None = None) -> None:
+        """Begin an episode: by the simulator's service where the profile has one. A real arm is brought home by who commands it.
+
+        Raises:
+            RosError: A service does not answer or refuses, or no message comes after it.
+        """
+        how = self.profile.reset
+        self._success = False
+        if how is not None:
+            if seed is not None and how.seed_parameter is not None:
+                set_parameter(self.node, how.node, how.seed_parameter, seed)
+            self._success_told.clear()
+            call(self.node, f"{how.node}/{how.service}", TRIGGER)
+            if self.profile.success is not None and not self._success_told.wait(ANSWER):
+                raise RosError(f"'{self.profile.success}' said nothing within {ANSWER:g} s of the reset; is the simulator alive?")
+        self._seen = self._before = None  # no velocity across a reset
+        self._await_newer()
+        self.model.reset(self.state().positions)
+
+    # ---- more than Robot -----------------------------------------------------------------------------------------------------
+
+    @property
+    def success(self) -> bool:
+        """Whether the goal has been met since the last reset; False where nobody says so."""
+        return self._success
+
+    def ready(self, timeout: float = READY) -> None:
+        """Wait until everything needed comes and somebody takes the commands. Raises RosError: what is missing, its mend."""
+        end = time.monotonic() + timeout
+        while problems := self.problems():
+            if time.monotonic() > end:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                raise RosError(f"the robot is not ready after {timeout:g} s: {problems[0]}{more}")
+            time.sleep(_POLL)
+
+    def problems(self) -> list[str]:
+        """What keeps the arm from moving: topics that nobody publishes, refused messages, controllers that do not listen."""
+        found = [
+            f"nothing has come on '{self._paths[self._key(name)]}'; {self._mend(name)}"
+            for name, slot in self.slots.items()
+            if slot.latest is None
+        ]
+        for key, publisher in self._publishers.items():
+            if publisher.get_subscription_count() == 0:
+                found.append(f"nobody listens on '{self._paths[key]}'; activate the controller or driver that does, or remap it")
+        return found
+
+    def rivals(self) -> list[str]:
+        """Command topics that somebody else publishes on, too: two masters make an arm jump between them."""
+        return [
+            f"{self.node.count_publishers(self._paths[key])} nodes publish on '{self._paths[key]}'; end the others"
+            for key in self._publishers
+            if self.node.count_publishers(self._paths[key]) > 1
+        ]
+
+    def close(self) -> None:
+        """Take back subscriptions, publishers and threads. The node stays."""
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+        for undo, thing in reversed(self._made):
+            undo(thing)
+        self._made.clear()
+
+    # ---- topics --------------------------------------------------------------------------------------------------------------
+
+    def _readers(self) -> tuple[Callable[[Any], Any], JointReader | None]:
+        """Of the state's topic, and of the gripper's own if it has one; and which coordinates each gives."""
+        state, gripper, names = self.profile.state, self.profile.gripper, self.profile.names
+        apart = [gripper.coordinate] if gripper is not None and gripper.state_topic is not None else []
+        together = [name for name in state.joints if name not in apart]
+        self._gripper_columns = [names.index(name) for name in apart]
+        separate = JointReader({name: state.joint(name) for name in apart}) if apart else None
+        if state.type == "pose":
+            self._arm_columns = [names.index(name) for name in POSE]
+            return read_pose, separate
+        if state.type == "fk":
+            assert self.profile.kinematics is not None  # the profile has seen to it
+            self._chain = DHKinematics(self.profile.kinematics)
+            rest = [name for name in together if name in names]
+            together = [name for name in together if name not in names] + rest
+            self._arm_columns = [names.index(name) for name in (*POSE, *rest)]
+        else:
+            together = [name for name in names if name not in apart]
+            self._arm_columns = [names.index(name) for name in together]
+        return JointReader({name: state.joint(name) for name in together}), separate
+
+    def _arm_positions(self, latest: Latest[Any]) -> np.ndarray:
+        if self.profile.state.type == "joints":
+            positions: np.ndarray = latest.value[0]
+            return positions
+        if self.profile.state.type == "pose":
+            position, rotation = latest.value[:3], Rotation.from_quat(latest.value[3:])
+            rest = np.zeros(0)
+        else:
+            position, matrix = self._chain.pose(latest.value[0])
+            rotation, rest = Rotation.from_matrix(matrix), latest.value[0][self._chain.joints :]
+        before = self._positions[self._arm_columns][3:6]
+        vector = rotation.as_rotvec()
+        return np.concatenate([position, near(vector, before) if np.isfinite(before).all() else vector, rest])
+
+    def _velocities(self) -> np.ndarray:
+        """As the driver says, or the difference of the last two states; zero where there is but one."""
+        velocities = np.zeros(len(self.names))
+        if self._seen is None:
+            return velocities
+        if self.profile.state.type == "joints":
+            given = self._seen.value[1]
+            if given is not None:
+                velocities[self._arm_columns] = given
+            elif self._before is not None:
+                elapsed = _moment(self._seen.stamp) - _moment(self._before.stamp)
+                if elapsed > 0:
+                    velocities[self._arm_columns] = (self._seen.value[0] - self._before.value[0]) / elapsed
+        if self._read_gripper is not None and (gripper := self.slots["gripper_state"].latest) is not None:
+            velocities[self._gripper_columns] = 0.0 if gripper.value[1] is None else gripper.value[1]
+        return velocities
+
+    def _subscribe(self, topic: Topic) -> None:
+        if topic.key == "success":
+            callback: Send = self._told
+        else:
+            name = topic.key.removeprefix("input.")
+            slot = self.slots[name] = Slot(name, self.clock, self._reader(topic.key, name))
+            callback = slot.take
+            if name in self.profile.inputs and self.profile.inputs[name].type != "pose":
+                self._decoder = self._decoder or Decoder(self.clock)
+                callback = self._decoder.callback(slot)
+        made = self.node.create_subscription(message_type(topic.type), topic.name, callback, topic.quality.to_ros())
+        self._keep(made, self.node.destroy_subscription)
+        self._paths[topic.key] = made.topic_name
+
+    def _advertise(self, topic: Topic) -> None:
+        made = self.node.create_publisher(message_type(topic.type), topic.name, topic.quality.to_ros())
+        self._keep(made, self.node.destroy_publisher)
+        self._paths[topic.key], self._publishers[topic.key] = made.topic_name, made
+
+    def _reader(self, key: str, name: str) -> Callable[[Any], Any]:
+        if key == "state":
+            return self._read_state
+        if key == "gripper_state":
+            assert self._read_gripper is not None
+            return self._read_gripper
+        source = self.profile.inputs[name]
+        if source.type == "pose":
+            return lambda message: read_pose(message, source.frame)
+        return lambda message: read_image(message, source)
+
+    def _keep(self, thing: Any, undo: Callable[[Any], Any]) -> None:
+        self._made.append((undo, thing))
+
+    def _told(self, message: Any) -> None:
+        self._success = bool(message.data)
+        self._success_told.set()
+
+    def _key(self, name: str) -> str:
+        return name if name in self._paths else f"input.{name}"
+
+    def _mend(self, name: str) -> str:
+        """Why nothing has come for a slot."""
+        key, slot = self._key(name), self.slots[name]
+        topic = next(topic for topic in self.topics if topic.key == key)
+        if slot.rejected:
+            return f"{sum(slot.rejected.values())} messages were refused, the last for its {slot.last_rejection}"
+        publishers = self.node.get_publishers_info_by_topic(self._paths[key])
+        if not publishers:
+            return "nobody publishes it: start the driver, or check namespace, remapping and ROS_DOMAIN_ID"
+        if wrong := {info.topic_type for info in publishers} - {topic.type}:
+            return f"it carries {', '.join(sorted(wrong))}, expected {topic.type}; change the profile"
+        return "somebody publishes it and nothing arrives: run `robopolicy doctor ros`"
+
+    # ---- waiting -------------------------------------------------------------------------------------------------------------
+
+    def _await_newer(self) -> None:
+        """Two messages for every slot: the first may have been on its way."""
+        numbers = {name: 0 if slot.latest is None else slot.latest.number for name, slot in self.slots.items()}
+        end = time.monotonic() + ANSWER
+        for name, slot in self.slots.items():
+            while slot.latest is None or slot.latest.number < numbers[name] + 2:
+                if time.monotonic() > end:
+                    raise RosError(f"no good message on '{self._paths[self._key(name)]}' within {ANSWER:g} s; {self._mend(name)}")
+                time.sleep(_POLL)
+
+
+def _moment(stamp: Stamp) -> float:
+    return stamp.came if stamp.made is None else stamp.made
