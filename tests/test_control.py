@@ -155,17 +155,15 @@ def test_too_many_missed_periods_in_a_row_stop_the_arm() -> None:
     assert "5 periods in a row" in str(cell.safety.cause)
 
 
-def test_an_exception_in_inference_holds_the_arm_and_then_stops_it() -> None:
-    cell = Cell(threaded=True, max_starved=50)
+def test_an_exception_in_inference_stops_the_arm_at_once() -> None:
+    cell = Cell(threaded=True)
     cell.loop.run(0.2)
     cell.planner.error = RuntimeError("out of memory")
     cell.engine.post({"pos": np.zeros((2, 2), np.float32)}, cell.clock.now(), None)
     end = time.monotonic() + 20
     while cell.engine.fault is None and time.monotonic() < end:
         time.sleep(0.001)
-    cell.loop.run(0.02)
-    assert cell.safety.mode is Mode.HOLDING
-    cell.loop.run(1.0)
+    cell.loop.run(0.004)
     assert cell.safety.mode is Mode.STOPPED
     assert "out of memory" in str(cell.safety.cause)
     cell.loop.close()

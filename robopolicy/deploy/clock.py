@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
+
+_SWITCH_INTERVAL = 2e-4  # [s]: inference gives the interpreter up this often; Python's own 5 ms is more than a period
 
 
 class Clock(Protocol):
@@ -100,3 +105,42 @@ def permitted(action: Callable[[], None], what: str, notes: list[str]) -> None:
         action()
     except OSError as error:
         notes.append(f"{what} was not permitted ({error.strerror})")
+
+
+@contextmanager
+def quiet(fifo: int | None, cpu: int | None, notes: list[str], *, collect: bool = False) -> Iterator[None]:
+    """As few interruptions of the calling thread as can be had.
+
+    Garbage collection never looks again at what exists now; short turns for other threads; and what is asked for.
+
+    Args:
+        fifo: Real-time priority; None: as it is.
+        cpu: Processor; None: any.
+        notes: What the system did not permit is added.
+        collect: Go on collecting what is new, for programs that run for hours; otherwise it waits until the end.
+    """
+    collecting, interval = gc.isenabled(), sys.getswitchinterval()
+    scheduled = hasattr(os, "sched_setscheduler")  # Linux
+    if scheduled:
+        affinity, policy = os.sched_getaffinity(0), (os.sched_getscheduler(0), os.sched_getparam(0))
+    elif cpu is not None or fifo is not None:
+        notes.append("priority and processor of control cannot be set on this system")
+    gc.collect()
+    gc.freeze()
+    if not collect:
+        gc.disable()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    try:
+        if scheduled and cpu is not None:
+            permitted(lambda: os.sched_setaffinity(0, {cpu}), f"cpu {cpu}", notes)
+        if scheduled and fifo is not None:
+            permitted(lambda: set_fifo(fifo), f"SCHED_FIFO {fifo} for control", notes)
+        yield
+    finally:
+        if scheduled:
+            os.sched_setscheduler(0, *policy)
+            os.sched_setaffinity(0, affinity)
+        sys.setswitchinterval(interval)
+        gc.unfreeze()
+        if collecting:
+            gc.enable()

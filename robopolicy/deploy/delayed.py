@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from robopolicy.config import Config
 from robopolicy.deploy.chunk import Chunk, Previous
+from robopolicy.deploy.engine import rows_between
 from robopolicy.deploy.executor import Executor, make_executor
 from robopolicy.deploy.planner import Planner, make_planner
 from robopolicy.errors import ConfigError, EvaluationError, nearest
@@ -141,9 +142,10 @@ def replan_interval(delay: int, least: int, rows: int) -> int:
     """Ticks from one inference to the next, of chunks of ``rows`` rows: ``least``, or more where inference takes longer.
 
     A chunk is carried out from row ``delay`` on, and the old plan should still say something when the next arrives: less than
-    ``least`` where that is needed for it. From ``2 delay >= rows`` on it is not possible.
+    ``least`` where that is needed for it. From ``2 delay >= rows`` on it is not possible. The arm has the same rule, and its
+    engine is busy meanwhile; here that is counted.
     """
-    return max(delay, min(least, rows - 1 - delay), 1)
+    return max(delay, rows_between(delay, least, rows, 1.0))
 
 
 def evaluate_delayed(

@@ -26,6 +26,11 @@ class Recorder:
         """The values kept; once the buffer has gone round, not in order."""
         return self._values[: min(self.count, len(self._values))]
 
+    def last(self, n: int) -> np.ndarray:
+        """The last ``n`` values, or as many as there are."""
+        count, size = self.count, len(self._values)
+        return self._values[np.arange(count - min(n, count, size), count) % size]
+
     def summary(self, scale: float = 1.0) -> dict[str, float]:
         """``p50, p95, p99, p99.9, max``, times ``scale``, and ``n``."""
         return percentiles(self.values * scale) | {"n": self.count}
@@ -78,6 +83,11 @@ class Log:
         row = self._rows[self.count % len(self._rows)]
         self.count += 1
         return row
+
+    def last(self, n: int) -> np.ndarray[Any, Any]:
+        """The last ``n`` rows, or as many as there are, oldest first."""
+        count, size = self.count, len(self._rows)
+        return self._rows[np.arange(count - min(n, count, size), count) % size]
 
     def rows(self) -> np.ndarray[Any, Any]:
         """What was logged, oldest first: a structured array."""
