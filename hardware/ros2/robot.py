@@ -136,7 +136,12 @@ class RosRobot:
                 raise RosError(f"'{self.profile.success}' said nothing within {ANSWER:g} s of the reset; is the simulator alive?")
         self._seen = self._before = None  # no velocity across a reset
         self._await_newer()
-        self.model.reset(self.state().positions)
+        self.seat(self.state().positions)
+
+    def seat(self, positions: np.ndarray) -> None:
+        """An episode begins at these measured positions ``[n]``; nothing moves."""
+        self._success = False
+        self.model.reset(positions)
 
     # ---- more than Robot -----------------------------------------------------------------------------------------------------
 
