@@ -23,6 +23,7 @@ from robopolicy.train.bc import Trainer, batch_indices, clip_gradients, learning
 from robopolicy.train.ema import EMAConfig, averaged
 from robopolicy.train.experiment import Experiment, TrainConfig
 from robopolicy.train.metrics import read_metrics
+from robopolicy.train.run import changed_keys
 
 FEATURES = {
     "position": Feature("position", (2,), unit="m", rate=10.0),
@@ -257,6 +258,27 @@ def test_a_run_is_neither_overwritten_nor_resumed_on_other_data(store: Path, tmp
         trainer(config(store, train={**config(store)["train"], "lr": 0.1}), tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="no checkpoint to resume"):
         trainer(config(store), tmp_path / "new", resume=True)
+
+
+def test_a_run_of_an_older_version_is_resumed_with_the_defaults_of_new_keys(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = ("policy.target_time", "policy.loss.prefix", "policy.loss.staircase")
+    complete = Trainer._recipe
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_recipe", lambda self: {k: v for k, v in complete(self).items() if k not in new})
+        old = trainer(config(store), tmp_path)
+        while old.step < 5:
+            old.train_step()
+        old.save()
+    resumed = trainer(config(store), tmp_path, resume=True)
+    assert_equal(old, resumed)
+    note = "older version, which knew no policy.loss.prefix, policy.loss.staircase, policy.target_time; the defaults"
+    assert note in capsys.readouterr().err
+    changed = config(store, policy={**config(store)["policy"], "loss": {"prefix": 2}})
+    with pytest.raises(CheckpointError, match=r"policy\.loss\.prefix was 0, now 2"):
+        trainer(changed, tmp_path, resume=True)
+    assert "data.action was None" in changed_keys({}, parse(Experiment, config(store)), ()), "not all have a default"
 
 
 def test_the_saved_policy_acts_as_the_average_did(store: Path, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ class Finetuner:
             raise CheckpointError(f"checkpoint '{folder}' has format {state.get('format')!r}; this version resumes {FORMAT}")
         if state.get("base") != self.base.digest:
             raise CheckpointError(f"'{self.config.base}' is not the base that this run started from; put that one back")
-        if changed := changed_keys(state.get("recipe", {}), recipe(self.config, MAY_CHANGE)):
+        if changed := changed_keys(state.get("recipe", {}), self.config, MAY_CHANGE):
             raise CheckpointError(
                 f"config.yaml of '{self.out}' changed since the checkpoint: {changed}; restore it, or start a new run"
             )

@@ -391,7 +391,7 @@ class Trainer:
                 f"checkpoint '{folder}' was trained on other data ({state.get('data')}, now {self._data_identity()}); "
                 "restore the dataset, or start a new run with another --out"
             )
-        if changed := changed_keys(state.get("recipe", {}), self._recipe()):
+        if changed := changed_keys(state.get("recipe", {}), self.experiment, self.MAY_CHANGE):
             raise CheckpointError(
                 f"config.yaml of '{self.out}' changed since the checkpoint: {changed}; restore it, or start a new run elsewhere"
             )

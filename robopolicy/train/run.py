@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 
 from robopolicy.config import Config
@@ -38,10 +40,42 @@ def recipe(config: Config, may_change: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)}
 
 
-def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first key that differs, in words; empty when none does."""
-    changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-    return f"{changed[0]} was {then.get(changed[0])!r}, now {now.get(changed[0])!r}" if changed else ""
+def changed_keys(then: Mapping[str, Any], config: Config, may_change: Sequence[str]) -> str:
+    """The first key whose value differs from the recipe ``then`` of a checkpoint, in words; empty when none does.
+
+    A key that the recipe lacks is newer than the checkpoint: what the older version did is what the key's default means, so the
+    default is no change. It is said on stderr which keys these are.
+    """
+    now = recipe(config, may_change)
+    added = sorted(set(now) - set(then))
+    before = {**then, **{key: value for key, value in _defaults(config, added).items() if key in added}}
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if changed:
+        return f"{changed[0]} was {before.get(changed[0])!r}, now {now.get(changed[0])!r}"
+    if added:
+        print(
+            f"note: the checkpoint is of an older version, which knew no {', '.join(added)}; "
+            "the defaults of these mean what it did, and are taken",
+            file=sys.stderr,
+        )
+    return ""
+
+
+def _defaults(config: Config, keys: Sequence[str]) -> dict[str, Any]:
+    """The configuration as dotted keys, as if these had not been set."""
+    value = config.model_dump(mode="json")
+    for key in keys:
+        *parents, name = key.split(".")
+        at: Any = value
+        for parent in parents:
+            at = at.get(parent) if isinstance(at, dict) else None
+        if not isinstance(at, dict) or name not in at:
+            return {}
+        del at[name]
+    try:
+        return _flatten(type(config).model_validate(value).model_dump(mode="json"))
+    except pydantic.ValidationError:  # one of them has no default
+        return {}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
