@@ -137,6 +137,7 @@ class SimArm:
         task_args: Of the task.
 
     Attributes:
+        follows_clock: It may be given a fake clock, and runs faster than time then: what `robopolicy eval --robot` asks.
         success: Whether the task's goal has been met since the last reset.
 
     Raises:
@@ -144,6 +145,7 @@ class SimArm:
     """
 
     names = ArmModel.names
+    follows_clock = True
 
     def __init__(self, task: str, clock: Clock, **task_args: Any) -> None:
         self.task, self.model, self._clock = make_arm_task(task, **task_args), ArmModel(task, **task_args), clock
