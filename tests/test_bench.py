@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_export import pose_policy
 from test_policy import OBSERVATIONS, observations, policy
 
 from robopolicy import cli
+from robopolicy.bench import loop
 from robopolicy.bench.latency import measure, stages
 from robopolicy.bench.machine import busy, machine
 from robopolicy.bench.samples import histogram, summarize
 from robopolicy.deploy.clock import Clock
 from robopolicy.deploy.export import export
+from robopolicy.deploy.interpolate import InterpolationConfig, RotationColumns
 from robopolicy.deploy.safety import Stamp
+from robopolicy.errors import EvaluationError
 from robopolicy.features import Feature
 from robopolicy.robot import Sample, State
+from robopolicy.task import TaskSpec
 
 SETTINGS: dict[str, Any] = {"sampler": {"type": "euler", "num_steps": 2}, "n_action_steps": 4}
 
@@ -162,11 +167,13 @@ def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.Captu
     checkpoint = policy(**SETTINGS).save(tmp_path / "policy", {"task": {"name": "toys:Dot", "args": {}}})
     folder = export(policy(**SETTINGS), tmp_path / "export", "onnx").folder
     options = ["--robot", "test_bench:Still", "--limits", str(limits), "--rate", "50", "--seconds", "0.5", "--task", "toys:Dot"]
-    for actor in (checkpoint, folder):
-        assert cli.main(["bench", "loop", str(actor), *options, "--out", str(tmp_path / "out")]) == 0
+    for actor, more in ((checkpoint, []), (folder, []), (folder, ["--process"])):
+        assert cli.main(["bench", "loop", str(actor), *options, *more, "--out", str(tmp_path / "out")]) == 0
         printed = capsys.readouterr().out
         assert all(word in printed for word in ("lateness", "age", "inference", "missed", "starved", "jump"))
-        report = json.loads((tmp_path / "out" / "loop.json").read_text())["report"]
+        document = json.loads((tmp_path / "out" / "loop.json").read_text())
+        report = document["report"]
+        assert document["settings"]["inference"] == ("process" if more else "thread")
         assert 0 < report["ticks"] <= 26
         assert report["lateness_ms"]["p50"] >= 0
         assert report["age_ms"]["max"] > 0
@@ -174,3 +181,26 @@ def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.Captu
         assert (tmp_path / "out" / "loop.png").exists()
     assert cli.main(["bench", "loop", str(folder), *options, "--planner", "rtc"]) == 2
     assert "an export has no planner 'rtc'" in capsys.readouterr().err
+
+
+class Handed(Still):
+    """A robot whose actions are poses."""
+
+    action_feature = Feature("action", (10,), names=(*(f"x{i}" for i in range(9)), "gripper"), rate=20.0)
+
+
+def test_rotations_of_checkpoints_and_exports_are_interpolated_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def built(*arguments: Any) -> None:
+        seen.append(arguments[6])
+        raise EvaluationError("far enough")
+
+    monkeypatch.setattr(loop, "ControlLoop", built)
+    monkeypatch.setattr(loop, "SafetyFilter", lambda *_: None)  # no limits for this hand
+    monkeypatch.setattr(Handed, "observation_features", (made := pose_policy()).observation_features)
+    for actor in (made, export(made, tmp_path / "export", "onnx")):
+        with pytest.raises(EvaluationError, match="far enough"):
+            loop.run_loop(actor, TaskSpec("toys:Dot"), robot="test_bench:Handed")
+    rotation = RotationColumns(start=3, representation="rot6d")
+    assert seen == 2 * [InterpolationConfig(steps=(9,), rotations=(rotation,))]

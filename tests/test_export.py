@@ -244,6 +244,8 @@ def damage(folder: Path, how: str) -> None:
     elif how == "another unit":
         document["action"]["unit"] = "deg"
         manifest.write_text(json.dumps(document))
+    elif how == "before poses":
+        manifest.write_text(json.dumps({**{k: v for k, v in document.items() if k != "poses"}, "format": 1}))
     elif how == "half a manifest":
         manifest.write_text(manifest.read_text()[:200])
     elif how == "no mapping":
@@ -264,6 +266,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("one bit", "chunk.onnx differs from its digest"),
         ("absent", "has no chunk.onnx"),
         ("newer", "has format 99"),
+        ("before poses", "has format 1; this version reads 2. Update robopolicy, or export the checkpoint again"),
         ("another unit", "it was altered"),
         ("half a manifest", "is damaged"),
         ("no mapping", "has format 'list'"),

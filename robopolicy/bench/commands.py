@@ -62,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--robot", default="sim.arm.robot:SimArm", metavar="CLASS", help="(default sim.arm.robot:SimArm)")
     loop.add_argument("--limits", default="arm", metavar="NAME|FILE", help="of the safety filter (default arm)")
     loop.add_argument("--planner", default="plain", help="plain, rtc, rti, ... (default plain)")
+    loop.add_argument("--process", action="store_true", help="infer in a process of its own instead of a thread")
     loop.add_argument("--executor", default="latest", help="latest, ensemble or receding (default latest)")
     loop.add_argument("--rate", type=float, default=250.0, metavar="HZ", help="of the loop (default 250)")
     loop.add_argument("--seconds", type=float, default=20.0, help="how long (default 20)")
@@ -91,7 +92,8 @@ def _loop(args: argparse.Namespace) -> int:
     started = machine()
     with busy(args.load):
         names = ("robot", "limits", "planner", "executor", "rate", "seconds", "seed")
-        report, lateness = run_loop(policy, task, **{name: getattr(args, name) for name in names})
+        process = args.policy if args.process else None
+        report, lateness = run_loop(policy, task, process=process, **{name: getattr(args, name) for name in names})
     ended = machine()
     print(f"{'ms':<10}" + "".join(f"{column:>10}" for column in COLUMNS))
     for name, figures in rows_of(report):
@@ -102,7 +104,7 @@ def _loop(args: argparse.Namespace) -> int:
     print(f"jump         p95 {report['boundary_jump']['p95']:.3g} between plans, in the action's units")
     print(f"load         {started['load'][0]} at start, {ended['load'][0]} at end")
     settings = {"policy": args.policy, "task": task.name, **{name: getattr(args, name) for name in names}}
-    settings["busy processes"] = args.load
+    settings |= {"busy processes": args.load, "inference": "process" if args.process else "thread"}
     document = {"settings": settings, "started": started, "ended": ended, "runtimes": runtime_versions()}
     folder = args.out or Path(args.policy) / "bench" / "loop"
     print(f"report       {write_loop(folder, f'Control loop of {args.policy}', report, lateness, document)}")

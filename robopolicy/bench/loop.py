@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ import torch
 from robopolicy.config import import_class
 from robopolicy.deploy.clock import SystemClock
 from robopolicy.deploy.control import ControlConfig, ControlLoop
-from robopolicy.deploy.engine import Engine
+from robopolicy.deploy.engine import Engine, Plans
 from robopolicy.deploy.executor import make_executor
-from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+from robopolicy.deploy.exported import ExportedPolicy
 from robopolicy.deploy.interpolate import InterpolationConfig
 from robopolicy.deploy.limits import load_limits
-from robopolicy.deploy.planner import make_planner
+from robopolicy.deploy.process import ProcessPlanner, open_planner, planner_of
 from robopolicy.deploy.safety import SafetyFilter
 from robopolicy.errors import EvaluationError
 from robopolicy.policy import Policy
@@ -44,6 +45,7 @@ def run_loop(
     rate: float = 250.0,
     seconds: float = 20.0,
     seed: int = 0,
+    process: str | None = None,
 ) -> Measured:
     """Run the control loop on the machine's clock.
 
@@ -57,20 +59,20 @@ def run_loop(
         rate: Of the loop [Hz].
         seconds: How long.
         seed: Of the episode, and of the policy's noise.
+        process: Folder of the policy, which then infers in a process of its own; None: in a thread of this one.
 
     Raises:
         EvaluationError: The policy and the robot do not fit, or the safety filter refuses the start.
     """
     clock = SystemClock()
-    with _robot(robot, task, clock) as arm:
+    with _robot(robot, task, clock) as arm, _planner(policy, planner, process) as plans:
         if missing := set(policy.observation_features) - set(arm.observation_features):
             raise EvaluationError(f"the policy needs observation '{min(missing)}', which the robot of task '{task.name}' has not")
         safety = SafetyFilter(load_limits(limits, rate=rate), arm.kinematics)
         period = 1 / (arm.action_feature.rate or rate)
-        engine = Engine(_planner(policy, planner), period, clock, torch.Generator().manual_seed(seed))
+        engine = Engine(plans, period, clock, torch.Generator().manual_seed(seed))
         config = ControlConfig(n_obs_steps=policy.n_obs_steps, replan=policy.n_action_steps, log_size=int(seconds * rate) + 1)
-        transform = policy.config.action if isinstance(policy, Policy) else None  # an export does not say which entries turn
-        between = InterpolationConfig.of(arm.action_feature, transform)
+        between = InterpolationConfig.of_policy(arm.action_feature, policy)
         loop = ControlLoop(arm, engine, make_executor(executor), safety, clock, config, between)
         if refused := loop.reset(seed):
             engine.close()
@@ -90,12 +92,16 @@ def rows_of(report: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
     return [(name.removesuffix("_ms"), report[name]) for name in TIMES]
 
 
-def _planner(policy: Policy | ExportedPolicy, name: str) -> Any:
-    if isinstance(policy, Policy):
-        return make_planner(name, policy)
-    if name != "plain":
-        raise EvaluationError(f"an export has no planner '{name}', it cannot guide its sampler; run the checkpoint, or plain")
-    return ExportedPlanner(policy)
+@contextmanager
+def _planner(policy: Policy | ExportedPolicy, name: str, process: str | None) -> Iterator[Plans]:
+    if process is None:
+        yield planner_of(policy, name)
+        return
+    planner = ProcessPlanner(functools.partial(open_planner, process, name))
+    try:
+        yield planner
+    finally:
+        planner.close()
 
 
 @contextmanager

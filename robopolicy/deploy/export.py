@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from robopolicy.deploy.manifest import FORMAT, Backend, Graph, Manifest, Step, file_digest, observed
+from robopolicy.deploy.guard import trained_ranges
+from robopolicy.deploy.manifest import FORMAT, Backend, Graph, Manifest, Pose, Step, file_digest, observed
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.evaluate.commands import count
 
@@ -115,6 +116,7 @@ def export(
             batch=batch,
             observations=document["observations"],
             action=document["action"],
+            poses=tuple(Pose(start=pose.start, rotation=pose.rotation) for pose in copied.config.action.poses),
             n_obs_steps=copied.n_obs_steps,
             horizon=copied.horizon,
             n_action_steps=copied.n_action_steps,
@@ -135,6 +137,7 @@ def export(
             steps=steps,
             graphs=written,
             opset=None if backend == "torchscript" else OPSET,
+            trained=dict(trained_ranges(copied)),
             parity={},
             checkpoint=_origin(checkpoint),
             provenance=provenance() | {"runtime": _versions(backend)},

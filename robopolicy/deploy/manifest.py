@@ -17,7 +17,7 @@ from robopolicy.config import Config, parse
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.features import Feature
 
-FORMAT = 1
+FORMAT = 2  # 2: with the poses in the action
 FILE = "manifest.json"
 
 Backend = Literal["onnx", "openvino", "torchscript"]
@@ -41,6 +41,13 @@ class Step(Config):
     heun: bool = False  # the field is asked at `to` as well, and the mean of both directions is taken
 
 
+class Pose(Config):
+    """A pose in the action: three entries of position from ``start`` on, and a rotation behind them."""
+
+    start: int = pydantic.Field(ge=0)
+    rotation: Literal["rot6d", "quat_xyzw", "rotvec"]
+
+
 class Graph(Config):
     """One network graph: its file, and the fixed shapes ``[batch, ...]`` of inputs and outputs, in order."""
 
@@ -62,6 +69,7 @@ class Manifest(Config):
     batch: int = pydantic.Field(ge=1)  # rows of every graph; more are run block by block
     observations: dict[str, dict[str, Any]]
     action: dict[str, Any]
+    poses: tuple[Pose, ...]  # in the action: what must not be interpolated entry by entry
     n_obs_steps: int = pydantic.Field(ge=1)
     horizon: int = pydantic.Field(ge=1)
     n_action_steps: int = pydantic.Field(ge=1)
@@ -82,6 +90,7 @@ class Manifest(Config):
     steps: tuple[Step, ...] = pydantic.Field(min_length=1)
     graphs: dict[str, Graph]
     opset: int | None
+    trained: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}  # lower and upper ends of observations, for StartGuard
     parity: dict[str, float]  # largest deviations from torch, seen when it was made
     checkpoint: dict[str, Any]  # path, digest and provenance of what was exported
     provenance: dict[str, Any]

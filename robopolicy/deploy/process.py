@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     import torch
 
     from robopolicy.deploy.engine import Plans
+    from robopolicy.deploy.exported import ExportedPolicy
+    from robopolicy.policy import Policy
 
 _STATE = tuple[str, Any]  # of a generator of noise: whose it is, and what it says
 
@@ -59,18 +61,13 @@ def open_planner(
         CheckpointError, ConfigError, EvaluationError: It cannot be loaded, or has no such planner or steps.
     """
     if is_export(path):
-        from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+        from robopolicy.deploy.exported import ExportedPolicy
 
-        if planner not in ("plain", {"type": "plain"}):
-            raise EvaluationError(
-                f"an export has no planner '{planner}': it cannot guide its sampler; use plain, or the checkpoint"
-            )
         if steps is not None:
             raise EvaluationError(f"'{path}' is an export, its steps are fixed; export the checkpoint again with --steps {steps}")
-        return ExportedPlanner(ExportedPolicy(path, threads))
+        return planner_of(ExportedPolicy(path, threads), planner)
     import torch
 
-    from robopolicy.deploy.planner import make_planner
     from robopolicy.distill.times import check_walk
     from robopolicy.evaluate.commands import override_steps
     from robopolicy.policy import load_policy
@@ -80,7 +77,20 @@ def open_planner(
     if steps is not None:
         override_steps(policy, steps)
         check_walk(policy, str(path))
-    return make_planner(planner, policy)
+    return planner_of(policy, planner)
+
+
+def planner_of(policy: Policy | ExportedPolicy, planner: Mapping[str, object] | str) -> Plans:
+    """The planner of a policy that is loaded, as :func:`open_planner` names them."""
+    from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+
+    if not isinstance(policy, ExportedPolicy):
+        from robopolicy.deploy.planner import make_planner
+
+        return make_planner(planner, policy)
+    if planner not in ("plain", {"type": "plain"}):
+        raise EvaluationError(f"an export has no planner '{planner}', it cannot guide its sampler; use plain, or its checkpoint")
+    return ExportedPlanner(policy)
 
 
 class ProcessPlanner:
