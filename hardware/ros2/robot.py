@@ -42,6 +42,7 @@ class RosRobot:
         enabled: Whether commands go out. False, for shadow mode: there is not even a publisher.
 
     Attributes:
+        limits: Of the safety filter, the profile's.
         slots: ``state``, ``gripper_state`` and every input by name: their values, ages, rates and refusals.
     """
 
@@ -49,7 +50,7 @@ class RosRobot:
         self, profile: RosProfile, node: Any, clock: RosClock, model: RobotModel | None = None, *, enabled: bool = True
     ) -> None:
         self.profile, self.node, self.clock = profile, node, clock
-        self._fresh = profile.safety.freshness.state
+        self.limits = profile.safety
         self.model = make_model(profile) if model is None else model
         self.names, self.kinematics = self.model.names, self.model.kinematics
         self.observation_features, self.action_feature = self.model.observation_features, self.model.action_feature
@@ -112,7 +113,7 @@ class RosRobot:
 
     def command(self, positions: np.ndarray) -> None:
         if self._outputs is not None:
-            fresh = self.slots["state"].age(self.clock.now()) <= self._fresh
+            fresh = self.slots["state"].age(self.clock.now()) <= self.limits.freshness.state
             self._outputs.send(positions, self._positions if fresh else None)
 
     def stop(self) -> None:
@@ -146,9 +147,9 @@ class RosRobot:
     # ---- more than Robot -----------------------------------------------------------------------------------------------------
 
     @property
-    def success(self) -> bool:
-        """Whether the goal has been met since the last reset; False where nobody says so."""
-        return self._success
+    def success(self) -> bool | None:
+        """Whether the goal has been met since the last reset; None where nobody says so."""
+        return None if self.profile.success is None else self._success
 
     def ready(self, timeout: float = READY) -> None:
         """Wait until everything needed comes and somebody takes the commands. Raises RosError: what is missing, its mend."""

@@ -25,6 +25,8 @@ examples:
   robopolicy eval runs/seed0 runs/seed1 runs/seed2 --episodes 200   # training seeds, pooled
   robopolicy eval outputs/pusht_flow --delay 4 --executor rtc       # as if inference took 4 control steps (docs/realtime.md)
   robopolicy eval outputs/lift_flow --delay 4 --executor '{type: rti, columns: [6]}' --replan 6
+  robopolicy eval outputs/lift_flow --robot arm --episodes 50       # the arm's control path and safety filter, on a fake clock
+  robopolicy eval outputs/lift_flow --robot ros2 --robot-arg profile=virtual --episodes 50   # over ROS 2, in real time
 
 Seeds of demonstrations start at 0, of validation during training at 100000, of tests at 200000, of searches at 300000: a
 policy never meets its test episodes before the test. The noise of the policy is seeded too: the same command gives the same
@@ -48,8 +50,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "settings, '{type: rti, columns: [6]}' (default latest)",
     )
     parser.add_argument(
-        "--replan", type=count, metavar="TICKS", help="with --delay: control steps between inferences (default: as fits)"
+        "--replan",
+        type=count,
+        metavar="TICKS",
+        help="with --delay or --robot: control steps between inferences (default: as fits)",
     )
+    parser.add_argument(
+        "--robot", metavar="NAME", help="run on a robot, one episode at a time: arm, ros2, or package.module:make"
+    )
+    parser.add_argument("--robot-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the robot; repeatable")
+    parser.add_argument("--limits", metavar="NAME|FILE", help="with --robot: safety limits (default: the robot's own)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="with --robot: of an episode (default: the task's)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     seeds = seeds_of(args)
+    if args.robot is not None:
+        return _on_robot(args, seeds)
+    if args.robot_arg or args.limits is not None or args.seconds is not None:
+        raise EvaluationError("--robot-arg, --limits and --seconds are of a robot; name one with --robot")
     if args.delay is not None:
         return _delayed(args, seeds)
     if args.executor is not None or args.replan is not None:
@@ -142,6 +157,39 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{how}_{args.delay}")
     done.evaluation.save(folder / "eval.json")
     write_json(folder / "realtime.json", done.realtime.model_dump(mode="json"))
+    print("\n".join([*done.lines(), f"figures          {folder}"]))
+    return 0
+
+
+def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
+    """Run one policy on a robot, through the control loop."""
+    from robopolicy.config import apply_overrides
+    from robopolicy.deploy.delayed import mode
+    from robopolicy.evaluate.robot import evaluate_on_robot
+    from robopolicy.task import find_task
+
+    if len(args.checkpoints) > 1 or args.film:
+        raise EvaluationError("--robot takes one checkpoint, and no --film; leave these out")
+    policy, spec = load(args.checkpoints[0], args)
+    _, planner, executor = mode(apply_overrides({}, [f"executor={args.executor or 'latest'}"])["executor"])
+    done = evaluate_on_robot(
+        policy,
+        spec,
+        seeds,
+        robot=args.robot,
+        robot_args=_task_arguments(args.robot_arg),
+        limits=args.limits,
+        planner=planner,
+        executor=executor,
+        replan=args.replan,
+        delay=None if args.delay is None else args.delay / find_task(spec.name).rate,
+        seconds=args.seconds,
+        noise_seed=args.noise_seed,
+        name=args.checkpoints[0],
+    )
+    robot = re.sub(r"\W+", "_", args.robot).strip("_")
+    folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{robot}")
+    done.evaluation.save(folder / "eval.json")
     print("\n".join([*done.lines(), f"figures          {folder}"]))
     return 0
 

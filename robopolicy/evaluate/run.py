@@ -209,22 +209,31 @@ def record(
     )
 
 
-def check_fit(policy: Actor, env: VectorEnv) -> None:
-    """Raises TaskError when the task lacks a feature of the policy, or declares another shape or unit."""
+class Declares(Protocol):
+    """A task, or a robot: what it shows and takes."""
+
+    @property
+    def observation_features(self) -> Mapping[str, Feature]: ...
+    @property
+    def action_feature(self) -> Feature: ...
+
+
+def check_fit(policy: Actor, env: Declares, what: str = "task") -> None:
+    """Raises TaskError when the task (or robot) lacks a feature of the policy, or declares another shape or unit."""
     observed = env.observation_features
     for name, feature in policy.observation_features.items():
         if name not in observed:
             raise TaskError(
-                f"the policy needs observation '{name}' and the task has {', '.join(sorted(observed))}; check --task-arg"
+                f"the policy needs observation '{name}' and the {what} has {', '.join(sorted(observed))}; check --{what}-arg"
             )
-        _same(feature, observed[name], f"observation '{name}'")
-    _same(policy.action_feature, env.action_feature, "the action")
+        _same(feature, observed[name], f"observation '{name}'", what)
+    _same(policy.action_feature, env.action_feature, "the action", what)
 
 
-def _same(wanted: Feature, found: Feature, what: str) -> None:
+def _same(wanted: Feature, found: Feature, name: str, what: str) -> None:
     for aspect, theirs, ours in (("shape", found.shape, wanted.shape), ("unit", found.unit, wanted.unit)):
         if theirs != ours and theirs != "" != ours:  # an empty unit is an unknown one
-            raise TaskError(f"{what} of the task has {aspect} {theirs}, the policy was trained on {ours}; check --task-arg")
+            raise TaskError(f"{name} of the {what} has {aspect} {theirs}, the policy was trained on {ours}; check --{what}-arg")
 
 
 def _check_observations(history: Mapping[str, np.ndarray], live: Mapping[int, _Slot]) -> None:

@@ -1,0 +1,203 @@
+"""Episodes on a robot, ``robopolicy eval CKPT --robot NAME``: the arm's control path with its safety filter, not task steps.
+
+A robot is named by a short name that some installed package registered under the entry point group ``robopolicy.robots``, or by
+the dotted path of what makes it, ``package.module:make``, called as ``make(task name, clock, **arguments)``. One that follows any
+clock, as the simulated arm does, is run on a fake one: faster than time, and the same figures each time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from robopolicy.config import import_class
+from robopolicy.deploy.clock import Clock, FakeClock, SystemClock
+from robopolicy.deploy.control import ControlConfig, ControlLoop
+from robopolicy.deploy.engine import Engine, InlineEngine
+from robopolicy.deploy.executor import make_executor
+from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+from robopolicy.deploy.interpolate import InterpolationConfig
+from robopolicy.deploy.limits import SafetyLimits, load_limits
+from robopolicy.deploy.planner import make_planner
+from robopolicy.deploy.safety import Mode, SafetyFilter
+from robopolicy.errors import ConfigError, EvaluationError
+from robopolicy.evaluate.record import Episode, Evaluation, Rollout, check_seeds
+from robopolicy.evaluate.run import Actor, check_fit, noise_generator, record
+from robopolicy.policy import Policy
+from robopolicy.robot import Robot
+from robopolicy.task import TaskSpec, find_task
+
+ENTRY_POINTS = "robopolicy.robots"
+_LIMITS = "arm"  # of robots that bring none of their own: our arm's
+_GRACE = 1e-6  # [s]
+
+
+class OnRobot(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        evaluation: One row per episode. Rewards are 1 for a success and 0 otherwise: robots give none.
+        report: Of the last episodes' control loop, see :meth:`ControlLoop.report`.
+        stops: Why the safety filter ended episodes, and how many.
+    """
+
+    evaluation: Evaluation
+    report: dict[str, Any]
+    stops: Counter[str]
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        lines = self.evaluation.lines()[:1]
+        for name, unit in (
+            ("lateness_ms", "ms late"),
+            ("age_ms", "ms old when carried out"),
+            ("inference_ms", "ms of inference"),
+        ):
+            if (found := self.report.get(name)) and "p50" in found:
+                lines.append(f"{name.removesuffix('_ms'):<16} {found['p50']:.1f} (p99 {found['p99']:.1f}) {unit}")
+        interventions = ", ".join(f"{count} {kind}" for kind, count in sorted(self.report.get("interventions", {}).items()))
+        stops = ", ".join(f"{count} by {cause}" for cause, count in self.stops.most_common())
+        return [*lines, f"interventions    {interventions or 'none'}", f"stops            {stops or 'none'}"]
+
+
+def find_robot(name: str) -> Callable[..., Robot]:
+    """What makes the robot of this name. Raises ConfigError with the nearest valid one."""
+    registry = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    factory: Callable[..., Robot] = import_class("robot", name, registry)
+    return factory
+
+
+def evaluate_on_robot(
+    policy: Actor,
+    spec: TaskSpec,
+    seeds: Sequence[int],
+    *,
+    robot: str,
+    robot_args: Mapping[str, Any] | None = None,
+    limits: str | None = None,
+    planner: Any = "plain",
+    executor: Any = "latest",
+    replan: int | None = None,
+    delay: float | None = None,
+    seconds: float | None = None,
+    noise_seed: int = 0,
+    progress: bool = True,
+    name: str = "policy",
+) -> OnRobot:
+    """One episode per seed on a robot, one after the other.
+
+    Args:
+        policy: A checkpoint's, or an export's.
+        spec: The task that it was trained for; the robot is set in it if it is one of simulation.
+        seeds: Of the episodes; real robots begin wherever they are.
+        robot: See :func:`find_robot`.
+        robot_args: Of the robot, beside those of the task.
+        limits: Of the safety filter, a preset or a file; None: the robot's own.
+        planner, executor: See :mod:`robopolicy.deploy.planner` and :mod:`robopolicy.deploy.executor`.
+        replan: Rows of a chunk that are carried out before the next is asked for; None: the policy's ``n_action_steps``.
+        delay: From observation to chunk on a fake clock [s]; None: none. On the machine's clock it is what it is.
+        seconds: Of an episode; None: the task's ``max_episode_steps``.
+        noise_seed: Seeds the policy's noise together with each episode's seed.
+
+    Raises:
+        EvaluationError: Policy and robot do not fit, the robot cannot say what a success is, or an episode cannot begin.
+    """
+    check_seeds(seeds)
+    seconds = _seconds(spec) if seconds is None else seconds
+    factory = find_robot(robot)
+    fake = bool(getattr(factory, "follows_clock", False))
+    if delay is not None and not fake:
+        raise EvaluationError(f"robot '{robot}' runs on the machine's clock, inference takes what it takes; leave --delay out")
+    clock: Clock = FakeClock() if fake else SystemClock()
+    try:
+        made: Any = factory(spec.name, clock, **{**spec.kwargs, **(robot_args or {})})
+    except TypeError as error:
+        raise ConfigError(f"robot '{robot}': {error}; check --robot-arg and --task-arg") from error
+    rollouts, stops, started = [], Counter[str](), time.perf_counter()
+    generator = torch.Generator()
+    try:
+        check_fit(policy, made, "robot")
+        if getattr(made, "success", None) is None:
+            raise EvaluationError(f"robot '{robot}' cannot say when an episode succeeded; its profile needs a 'success' topic")
+        loop = _loop(policy, made, clock, generator, limits, planner, executor, replan, delay)
+        try:
+            for seed in tqdm(seeds, desc=f"evaluate {name}", unit="episode", disable=not progress):
+                generator.set_state(noise_generator(noise_seed, seed).get_state())
+                rollouts.append(_episode(loop, made, seed, seconds))
+                if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED):
+                    stops["unknown" if loop.safety.cause is None else loop.safety.cause.kind] += 1
+            report = loop.report()
+        finally:
+            loop.close()
+    finally:
+        made.close()
+    evaluation = record(
+        policy,
+        spec,
+        rollouts,
+        name=name,
+        noise_seed=noise_seed,
+        num_envs=1,
+        num_workers=0,
+        seconds=time.perf_counter() - started,
+    )
+    return OnRobot(evaluation, report, stops)
+
+
+def _loop(
+    policy: Actor,
+    robot: Any,
+    clock: Clock,
+    generator: torch.Generator,
+    limits: str | None,
+    planner: Any,
+    executor: Any,
+    replan: int | None,
+    delay: float | None,
+) -> ControlLoop:
+    own: SafetyLimits | None = getattr(robot, "limits", None)
+    bounds = load_limits(limits) if limits is not None else (own or load_limits(_LIMITS))
+    if limits is not None and own is not None:
+        bounds = bounds.model_copy(update={"rate": own.rate})
+    if isinstance(policy, Policy):
+        plans: Any = make_planner(planner, policy)
+    elif isinstance(policy, ExportedPolicy) and planner == "plain":
+        plans = ExportedPlanner(policy)
+    else:
+        raise EvaluationError(f"an export has no planner '{planner}', it cannot guide its sampler; run the checkpoint, or plain")
+    period = 1.0 / (robot.action_feature.rate or bounds.rate)
+    engine: Engine
+    if isinstance(clock, FakeClock):
+        engine = InlineEngine(plans, period, clock, generator, delay=delay or 0.0)
+    else:
+        engine = Engine(plans, period, clock, generator)
+    config = ControlConfig(n_obs_steps=policy.n_obs_steps, replan=replan or policy.n_action_steps)
+    between = InterpolationConfig.of(robot.action_feature, policy.config.action if isinstance(policy, Policy) else None)
+    safety = SafetyFilter(bounds, robot.kinematics)
+    return ControlLoop(robot, engine, make_executor(executor), safety, clock, config, between)
+
+
+def _episode(loop: ControlLoop, robot: Any, seed: int, seconds: float) -> Rollout:
+    if refused := loop.reset(seed):
+        raise EvaluationError(f"the episode of seed {seed} cannot begin, the safety filter refuses: {refused[0]}")
+    begun = loop.clock.now()
+    loop.run(seconds, until=lambda: robot.success)
+    success = bool(robot.success)
+    rows = max(1, round((loop.clock.now() - begun + _GRACE) / loop.row))
+    episode = Episode(seed=seed, success=success, max_reward=float(success), total_reward=float(success), length=rows)
+    return Rollout(episode, np.zeros((0, robot.action_feature.size), np.float32))
+
+
+def _seconds(spec: TaskSpec) -> float:
+    task = find_task(spec.name)
+    steps, rate = spec.kwargs.get("max_episode_steps", getattr(task, "max_episode_steps", None)), getattr(task, "rate", None)
+    if steps is None or rate is None:
+        raise EvaluationError(f"task '{spec.name}' does not say how long an episode is before it is built; give --seconds")
+    return float(steps) / float(rate)
