@@ -1,8 +1,8 @@
 """The node's parameters: the fields of :class:`NodeConfig`, declared with their types, ranges and descriptions.
 
-One table for everybody: what a launch file sets, what ``ros2 param describe`` shows and what is checked are the same fields. A value
-that ROS cannot leave out is 0 or empty where a config would say None. Strings are checked by the config itself, so a wrong one is
-refused with the valid ones named.
+One table for everybody: what a launch file sets, what ``ros2 param describe`` shows and what is checked are the same fields.
+Values that ROS cannot leave out are 0 or empty where a config would say None. Strings are checked by the config itself, so that a
+wrong one is refused with the valid ones named. ``rate:=100`` is 100 Hz: a whole number where one with a fraction may be.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def descriptor(name: str) -> ParameterDescriptor:
     found = ParameterDescriptor(name=name, description=field.description or "")
     low, high = _bounds(field.metadata)
     if field.annotation is float:
+        found.dynamic_typing = True  # of a static type, 100 is refused and 100.0 taken
         found.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)]
         found.additional_constraints = f"from {low:g} to {high:g}"
     elif field.annotation is int:

@@ -1,0 +1,257 @@
+"""``robopolicy_policy``: the lifecycle node that lets a policy move an arm: ``python -m hardware.ros2.policy_node``
+
+Threads, and who may wait::
+
+    main        lifecycle, parameters, ~/start, ~/home, ~/reset, diagnostics: takes seconds when it loads policies
+    ros         joint states, cameras, deadman, estop, ~/stop, ~/estop: never waits for the above
+    control     Arbiter.run: absolute deadlines, waits for nobody
+    inference   in a thread, or in a process of its own
+
+docs/ros2.md has the tables of topics, services, parameters and states.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.exceptions import ParameterException
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from sensor_msgs.msg import JointState
+
+from hardware.ros2 import parameters
+from hardware.ros2.contract import SIGNAL
+from hardware.ros2.deployment import Deployment, deploy, profile_of, task_of
+from hardware.ros2.diagnostics import Reporter
+from hardware.ros2.joints import make_model
+from hardware.ros2.parameters import NodeConfig
+from hardware.ros2.requests import Requests
+from hardware.ros2.robot import RosRobot
+from hardware.ros2.runtime import Ros, RosClock, RosError
+from robopolicy.deploy.status import Period
+from robopolicy.errors import ConfigError, RobopolicyError
+
+NAME = "robopolicy_policy"
+_TICK = 0.1  # [s] between diagnostics
+_RETRY = 1.0  # [s] between attempts of autostart
+_AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
+_ANY_TIME = {"autostart", "ready_timeout"}
+SUCCESS, FAILURE, ERROR = (getattr(TransitionCallbackReturn, name) for name in ("SUCCESS", "FAILURE", "ERROR"))
+
+
+class PolicyNode(LifecycleNode):
+    """See the module. Spun by the main thread; what concerns the arm by ``messages``.
+
+    Args:
+        name: Of the node.
+        messages: Spins a second node, for the arm's topics, in a thread of its own.
+        options: Of rclpy's node.
+
+    Attributes:
+        io: The second node.
+        deployment: Policy and control; None: unconfigured.
+        robot: The arm; likewise.
+        refused: What was refused last and why; empty after it worked.
+        over: The node was shut down; the program may end.
+    """
+
+    def __init__(self, name: str, messages: Ros, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.deployment: Deployment | None = None
+        self.robot: RosRobot | None = None
+        self.refused = ""
+        self.over = False
+        self._time, self._messages = RosClock(), messages
+        self._configures = True  # autostart; it tries until it works, or never will
+        self._starts: int | None = None  # autostart, unless somebody has stopped since
+        self._next_try = 0.0
+        parameters.declare(self)
+        parameters.read(self)
+        rename = ["--ros-args", "-r", f"__node:={self.get_name()}_io"]  # counts before a __node of the command line
+        self.io = messages.node(f"{name}_io", namespace=self.get_namespace(), cli_args=rename)
+        self._shadow = self.io.create_publisher(JointState, f"{self.get_fully_qualified_name()}/shadow", SIGNAL.to_ros())
+        self.requests, self.reporter = Requests(self), Reporter(self, self._time)
+        self.add_on_set_parameters_callback(self._on_parameters)
+        self.create_timer(_TICK, self._tick)
+
+    @property
+    def lifecycle(self) -> str:
+        """``unconfigured``, ``inactive``, ``active`` or ``finalized``."""
+        return str(self._state_machine.current_state[1])
+
+    def refuse(self, what: str) -> None:
+        """Say what was refused, and why: in the log, on ~/state and in diagnostics, until something works (empty)."""
+        if what and what != self.refused:
+            self.get_logger().error(what)
+        self.refused = what
+
+    # ---- lifecycle -----------------------------------------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("configure", self._configure)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("activate", self._activate)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("deactivate", self._deactivate)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        return self._transition("cleanup", self._release)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.over = True
+        return self._transition("shutdown", self._release)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let go of everything: the node is unconfigured then, and may be configured again. What went wrong stays said."""
+        said = self.refused
+        result = self._transition("error", self._release)
+        self.refused = said
+        return result
+
+    def _transition(self, name: str, work: Callable[[], None]) -> TransitionCallbackReturn:
+        """rclpy swallows what transitions raise, and its answer has no room for a reason."""
+        try:
+            work()
+        except RobopolicyError as error:
+            self.refuse(f"{name} refused: {error}")
+            return FAILURE if name in ("configure", "activate") else ERROR
+        except Exception as error:
+            self.get_logger().error(traceback.format_exc())
+            self.refuse(f"{name} failed: {type(error).__name__}: {error}")
+            return ERROR
+        self.refuse("")
+        self.get_logger().info(f"{name}: done")
+        return SUCCESS
+
+    def _configure(self) -> None:
+        """Connect to the arm, wait until everything comes, load the policy and warm it up."""
+        config = parameters.read(self)
+        profile = profile_of(config)
+        model = make_model(profile, *task_of(config.checkpoint))
+        try:
+            self.robot = RosRobot(profile, self.io, self._time, model, enabled=config.mode == "live")
+            self.robot.ready(config.ready_timeout)
+            self.deployment = deploy(config, self.robot, self._time, profile)
+        except BaseException:
+            self._release()
+            raise
+
+    def _activate(self) -> None:
+        assert self.deployment is not None
+        if (fault := self.deployment.fault) is not None:
+            raise RosError(f"{fault}; cleanup and configure begin another")
+        shadow = self.deployment.config.mode == "shadow"
+        self.deployment.activate(self.requests.estopped, self._show if shadow else None)
+        self._starts = self.requests.halts if parameters.read(self).autostart else None
+
+    def _deactivate(self) -> None:
+        """The policy ends first, then the arm comes to rest, then nothing is sent any more."""
+        self._starts = None
+        if self.deployment is not None:
+            self.deployment.deactivate()
+
+    def _release(self) -> None:
+        self._starts = None
+        deployment, robot, self.deployment, self.robot = self.deployment, self.robot, None, None
+        try:
+            if deployment is not None:
+                deployment.close()
+        finally:
+            if robot is not None:
+                robot.close()
+
+    def shutdown(self) -> None:
+        """Before the program ends: the arm at rest, inference ended. The context must still be there to send commands."""
+        if self.lifecycle != "finalized":
+            self.trigger_shutdown()
+
+    # ---- parameters ----------------------------------------------------------------------------------------------------------
+
+    def _on_parameters(self, changes: list[Parameter]) -> SetParametersResult:
+        """Refuses what cannot be, and swaps the policy of an inactive node: the answer says whether it works."""
+        changes = [change for change in changes if change.name in NodeConfig.model_fields]
+        try:
+            config = parameters.read(self, changes)
+            changed = {change.name for change in changes if change.value != self.get_parameter(change.name).value}
+            if self.deployment is not None and changed - _ANY_TIME:
+                self._swap(self.deployment, config, changed)
+        except RobopolicyError as error:
+            self.refuse(f"parameters refused: {error}")
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _swap(self, old: Deployment, config: NodeConfig, changed: set[str]) -> None:
+        names = ", ".join(sorted(changed))
+        if self.lifecycle == "active":
+            raise ConfigError(f"{names}: the node is active; deactivate it first")
+        if changed & _AT_CLEANUP:
+            raise ConfigError(f"{names}: the node is connected to the arm; cleanup first, then set, then configure")
+        assert self.robot is not None
+        try:
+            new = deploy(config, self.robot, self._time, old.profile)
+        except RobopolicyError as error:
+            raise ConfigError(f"{error}. The policy of before stays; for one of another task cleanup and configure") from error
+        self.deployment = new
+        old.close()
+        self.refuse("")
+        self.get_logger().info(f"swapped {names}; the policy is {config.checkpoint}")
+
+    # ---- ten times a second --------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        if self._messages.fault is not None and not self.over:
+            self.refuse(f"the thread of the arm's topics died: {self._messages.fault!r}")
+            self.over = True
+        if time.monotonic() >= self._next_try:
+            self._autostart()
+        self.reporter.report(self.lifecycle, self.refused, self.requests.estopped, self.deployment, self.robot)
+
+    def _autostart(self) -> None:
+        if self._starts is not None:
+            if self._starts != self.requests.halts:  # somebody stopped: a person starts it then
+                self._starts = None
+                return
+            ok, message = self.requests.start()
+            self.refuse("" if ok else f"autostart refused: {message}")
+            self._starts = None if ok else self._starts
+        elif self._configures and self.lifecycle == "unconfigured" and self.get_parameter("autostart").value:
+            done = self.trigger_configure() == SUCCESS and self.trigger_activate() == SUCCESS
+            self._configures = not done and "robot is not ready" in self.refused  # an arm may come later, a checkpoint will not
+        else:
+            return
+        self._next_try = time.monotonic() + _RETRY
+
+    def _show(self, period: Period) -> None:
+        """What would have been sent; on the control thread, which a message of a few numbers costs 0.1 ms."""
+        if period.result.executed is not None and self.robot is not None:
+            message = JointState(name=list(self.robot.names), position=period.result.executed.tolist())
+            message.header.stamp = self._time.stamp(period.tick.start)
+            self._shadow.publish(message)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Until Ctrl-C or shutdown: then the arm comes to rest, the last commands are sent, and nodes are destroyed."""
+    arguments = list(sys.argv if args is None else args)
+    try:
+        with Ros(arguments) as ros, Ros(arguments, signals=False) as messages:
+            node = ros.node(NAME, PolicyNode, messages=messages)
+            messages.spin_in_thread()
+            try:
+                ros.spin(until=lambda: node.over)
+            finally:
+                node.shutdown()
+    except (RobopolicyError, ParameterException) as error:
+        print(f"{NAME}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
