@@ -91,9 +91,12 @@ class Recording:
         about: Kept with the data.
 
     Attributes:
+        model: Of the robot.
         tracks: What comes in: ``state`` (:class:`State`), the model's inputs by name, and ``executed`` and ``commanded``
             coordinates ``[n]``, after and before the safety filter. Without ``commanded``, what was executed is stored for both.
-        ended: The last episode that ended by itself; :meth:`take_ended` hands it over once.
+        steps: Rows of the episode in progress, or of the last.
+        success: Whether its goal has been met; set by who feeds this.
+        stale_now: Inputs that were stale in the last row.
 
     Raises:
         DataError: The store holds other features, or is written by somebody else.
@@ -108,7 +111,7 @@ class Recording:
         config: RecordingConfig | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self._model, fresh = config or RecordingConfig(), model, limits.freshness
+        self.config, self.model, fresh = config or RecordingConfig(), model, limits.freshness
         if limits.names != tuple(model.names):
             raise ConfigError(f"the model has {', '.join(model.names)}, the limits are for {', '.join(limits.names)}")
         rate = model.action_feature.rate
@@ -127,6 +130,8 @@ class Recording:
         self._writer = EpisodeWriter(self._episodes, block=self.config.block)
         self._due: float | None = None  # of the next row [s]; None: not recording
         self._ended: Ended | None = None
+        self.steps, self.success = 0, False
+        self.stale_now: tuple[str, ...] = ()
 
     # ---- what people say -----------------------------------------------------------------------------------------------------
 
@@ -153,12 +158,12 @@ class Recording:
             raise DataError(f"{'; '.join(reasons)}: start the drivers, or mend the topics of the profile")
         if self._full():
             raise DataError(f"'{self.path}': less than {self.config.reserve:g} MB are free; free some, or record elsewhere")
-        self._model.reset(self.tracks[STATE].newest.value.positions)  # type: ignore[union-attr]  # it has come
+        self.model.reset(self.tracks[STATE].newest.value.positions)  # type: ignore[union-attr]  # it has come
         self._due = self._start = self._first = now
         self._number, self._began = 0, time.time()
         self.steps, self.success = 0, False
         self._stale: Counter[str] = Counter()
-        self.stale_now: tuple[str, ...] = ()
+        self.stale_now = ()
         self._moved: list[int] = []  # first and last row of motion
         self._rest: np.ndarray | None = None
 
@@ -221,7 +226,7 @@ class Recording:
                 self._ended = self.stop(f"ended by itself: {error}")
 
     def _row(self, due: float) -> None:
-        entries = {name: self.tracks[name].at(due) for name in (STATE, *self._model.inputs)}
+        entries = {name: self.tracks[name].at(due) for name in (STATE, *self.model.inputs)}
         executed = self.tracks[EXECUTED].at(due + self.period)
         after = self.tracks[STATE].at(due + self.period)
         if None in entries.values() or (executed is None and self.config.action == "executed") or after is None:
@@ -230,7 +235,7 @@ class Recording:
         self.stale_now = tuple(name for name, limit in self._ages.items() if due - present[name].made > limit)
         self._stale.update(self.stale_now)
         state: State = present[STATE].value
-        measured = Measured(state.positions, state.velocities, {name: present[name].value for name in self._model.inputs})
+        measured = Measured(state.positions, state.velocities, {name: present[name].value for name in self.model.inputs})
         told = after.value.positions if executed is None else executed.value
         commanded = self.tracks[COMMANDED].at(due + self.period)
         aim = after.value.positions if self.config.action == "measured" else told
@@ -239,8 +244,8 @@ class Recording:
             self._first = due
         self._writer.add(
             {
-                **self._model.observe(measured),
-                self._model.action_feature.name: action_of(self._model, aim),
+                **self.model.observe(measured),
+                self.model.action_feature.name: action_of(self.model, aim),
                 "joint_positions": state.positions,
                 "joint_velocities": state.velocities,
                 EXECUTED: told,
