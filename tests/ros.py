@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from hardware.ros2 import shm
+from hardware.ros2.runtime import LOCALHOST
 
 ROOT = Path(__file__).resolve().parents[1]
 _DOMAINS = range(20, 102)  # 0 to 19 are left to people
@@ -164,6 +165,8 @@ class Sandbox:
             process.kill()  # also what a dead one left running
         for process in self.processes:
             process.clean()
+        ports = {f"fastdds_port{7400 + 250 * self.domain + number}" for number in range(250)}  # the domain's, so nobody else's
+        shm.remove(path for path in shm.leftovers(age=0.0) if shm.belongs(path, ports))
 
     # ---- the test's own node -------------------------------------------------------------------------------------------------
 
@@ -250,11 +253,12 @@ class Sandbox:
 
 
 def environment(number: int) -> dict[str, str]:
-    """What isolates a domain, and keeps messages above 0.5 MB from being lost."""
+    """What isolates a domain, and keeps messages above 0.5 MB from being lost (which takes an XML profile with LOCALHOST)."""
     return {
         "ROS_DOMAIN_ID": str(number),
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA",
+        **LOCALHOST,
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"),

@@ -95,6 +95,12 @@ def _hold(taken: "multiprocessing.Queue[int]", release: "multiprocessing.synchro
         release.wait(60)
 
 
+def test_messages_above_half_a_megabyte_arrive(ros: Sandbox) -> None:
+    from hardware.ros2.doctor import deliver
+
+    assert deliver(size=1_000_000) >= 18  # of 20; with LOCALHOST discovery and LARGE_DATA alone it is 0 to 4
+
+
 def test_a_wait_that_fails_shows_what_the_processes_said(talker: str) -> None:
     with sandbox() as ros:
         ros.start(talker).wait_for_output("talking")

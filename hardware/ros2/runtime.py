@@ -25,6 +25,8 @@ SPIN = 0.1  # [s]: how long one wait for messages lasts at most, so how late an 
 # Only for those who have not set them. LARGE_DATA: best-effort messages above half a megabyte, a raw 640x480 image, are lost
 # without a word by Fast DDS's default transports; only rmw_fastrtps reads it.
 DEFAULTS = {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"}
+# Where discovery is LOCALHOST, rmw_fastrtps brings transports of its own and ignores that variable; it minds an XML profile.
+LOCALHOST = {"FASTDDS_DEFAULT_PROFILES_FILE": str(Path(__file__).with_name("localhost.xml"))}
 
 
 class RosError(RobopolicyError):
@@ -33,7 +35,8 @@ class RosError(RobopolicyError):
 
 def require() -> None:
     """Import rclpy. Raises RosError that says how to get it here."""
-    for name, value in DEFAULTS.items():
+    localhost = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE") == "LOCALHOST"
+    for name, value in (DEFAULTS | (LOCALHOST if localhost else {})).items():
         os.environ.setdefault(name, value)  # read when the first node is made
     try:
         import rclpy  # noqa: F401
