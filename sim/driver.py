@@ -74,7 +74,8 @@ class Record:
         """Begin anew."""
         self.worst: dict[str, tuple[float, str]] = {}
         self.counts = dict.fromkeys(("commands", "refused", "ignored", "reflexes", "steps"), 0)
-        self.moved = self.commanded = float("-inf")  # when a joint last moved, and a target last changed
+        self.moved: float | None = None  # when a joint last moved
+        self.commanded: float | None = None  # when a target last changed
         self._forget()
 
     def _forget(self) -> None:
@@ -232,9 +233,9 @@ class Driver:
         columns, times, points = np.asarray(columns), np.asarray(times, np.float64), np.asarray(points, np.float64)
         with self._lock:
             if len(times) == 0 or points.shape != (len(times), len(columns)):
-                raise self._refusal(f"a trajectory of shape {points.shape} with {len(times)} times for {len(columns)} joints")
+                raise self.refusal(f"a trajectory of shape {points.shape} with {len(times)} times for {len(columns)} joints")
             if (np.diff(times) <= 0).any() or times[-1] <= 0:
-                raise self._refusal("times of a trajectory must increase, and not all be past")
+                raise self.refusal("times of a trajectory must increase, and not all be past")
             for point in points:
                 self._check(point, columns)
             now = self._clock.now()
@@ -257,13 +258,19 @@ class Driver:
             self._set = self._goal = self.world.positions
             self._left[:] = 0
 
+    def clear_record(self) -> None:
+        """Begin it anew."""
+        with self._lock:
+            self.record.clear()
+
     def _check(self, targets: np.ndarray, columns: np.ndarray) -> None:
         if targets.shape != columns.shape:
-            raise self._refusal(f"{len(targets)} values for {len(columns)} joints")
+            raise self.refusal(f"{len(targets)} values for {len(columns)} joints")
         if not np.isfinite(targets).all():
-            raise self._refusal("values that are not finite")
+            raise self.refusal("values that are not finite")
 
-    def _refusal(self, why: str) -> CommandError:
+    def refusal(self, why: str) -> CommandError:
+        """To be raised: a command was not taken, and that is counted."""
         self.record.counts["refused"] += 1
         return CommandError(f"command refused: {why}")
 
@@ -340,7 +347,7 @@ class Driver:
         return simulated / (simulated + self._lost) if simulated else 1.0
 
     def report(self) -> dict[str, Any]:
-        """The record; times are seconds ago."""
+        """The record; times are seconds ago, None: never."""
         with self._lock:
             now = self._clock.now()
             return self.record.asdict() | {
@@ -348,7 +355,7 @@ class Driver:
                 "success": self.world.success,
                 "real_time_factor": self.real_time_factor,
                 "lost_s": self._lost,
-                "since_moved_s": now - self.record.moved,
-                "since_commanded_s": now - self.record.commanded,
+                "since_moved_s": None if self.record.moved is None else now - self.record.moved,
+                "since_commanded_s": None if self.record.commanded is None else now - self.record.commanded,
                 "positions": dict(zip(self.world.names, self.world.positions.tolist(), strict=True)),
             }
