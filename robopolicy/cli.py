@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("robopolicy.deploy.export", "write a checkpoint as graphs that run without torch: onnx, openvino, torchscript"),
     "bench": ("robopolicy.bench.commands", "measure latency, percentile by percentile, of a checkpoint or an export"),
     "up": ("hardware.ros2.up", "start a policy on an arm over ROS 2, or on the virtual arm, without a ROS installation"),
+    "doctor": ("hardware.ros2.doctor", "check this machine and its robot before anything moves; each finding with its mend"),
     "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),
 }
 

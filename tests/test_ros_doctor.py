@@ -1,0 +1,277 @@
+"""`robopolicy doctor ros`: every finding on data, and on a robot over real DDS that has many things wrong at once."""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ros import Sandbox
+
+from hardware.ros2 import doctor, shm
+from hardware.ros2.contract import NODE_TOPICS, robot_topics
+from hardware.ros2.doctor import Check, judge
+from hardware.ros2.profile import load_profile
+from hardware.ros2.topics import End, Seen, stamp_of
+from robopolicy import cli
+
+PROFILE = load_profile("virtual")
+TOPICS = [*robot_topics(PROFILE), *(topic._replace(name=topic.name.replace("~", "robopolicy_policy")) for topic in NODE_TOPICS)]
+POLICY = "/robopolicy_policy"
+COMMAND = "std_msgs/msg/Float64MultiArray"
+
+
+def healthy() -> dict[str, Seen]:
+    """What a robot looks like that nothing is wrong with."""
+    found: dict[str, Seen] = {}
+    for topic in TOPICS:
+        inward = topic.direction == "in"
+        robot, policy = End("/arm", topic.type), End(POLICY, topic.type)
+        arrivals = [0.002 * number for number in range(500)] if inward else []
+        found[topic.key] = Seen(
+            f"/{topic.name}", [robot if inward else policy], [policy if inward else robot], 1.0, arrivals, [0.001] * len(arrivals)
+        )
+    found["state"].joints = PROFILE.joint_names
+    found["input.front"].largest = 230_000
+    return found
+
+
+def findings(seen: dict[str, Seen]) -> list[Check]:
+    return [check for check in judge(PROFILE, TOPICS, seen, POLICY) if check.level != "ok"]
+
+
+def test_a_healthy_robot_has_no_findings() -> None:
+    assert findings(healthy()) == []
+    assert all(check.found for check in judge(PROFILE, TOPICS, healthy(), POLICY))
+
+
+def test_no_robot_is_a_note_that_says_how_to_start_one() -> None:
+    (check,) = judge(PROFILE, TOPICS, {topic.key: Seen(f"/{topic.name}") for topic in TOPICS}, POLICY)
+    assert check.level == "note"
+    assert "robopolicy up virtual" in check.mend
+
+
+def _set(key: str, **values: Any) -> Callable[[dict[str, Seen]], None]:
+    def change(seen: dict[str, Seen]) -> None:
+        for name, value in values.items():
+            setattr(seen[key], name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "found", "mend"),
+    [
+        (_set("state", publishers=[]), "wrong", "nobody publishes measured positions", "start its driver"),
+        (_set("state", arrivals=[], ages=[]), "wrong", "/arm publishes, but no message came", "firewall"),
+        (_set("state", arrivals=[0.0, 0.01, 0.4], ages=[]), "wrong", "once 0.39 s without: the arm is held", "raise"),
+        (_set("state", arrivals=[0.04 * n for n in range(25)]), "note", "25 Hz; the control loop", "lower 'rate'"),
+        (_set("state", mad=3), "wrong", "3 messages held NaN", "mend the driver"),
+        (_set("state", joints=("left_joint1",)), "wrong", "no joint1, joint2", "state.joints"),
+        (_set("state", ages=[-0.3]), "wrong", "300 ms in the future", "chrony"),
+        (_set("state", ages=[0.5]), "wrong", "500 ms old", "chrony"),
+        (_set("state", ages=[0.08]), "note", "80 ms old", "use_sim_time"),
+        (_set("state", ages=[]), "note", "no stamp", ""),
+        (_set("input.front", publishers=[]), "note", "nobody publishes camera 'front'", "mend the profile's topic"),
+        (
+            _set("input.front", publishers=[End("/a", "sensor_msgs/msg/Image"), End("/b", "sensor_msgs/msg/Image")]),
+            "wrong", "published by /a, /b", "one of them should go",
+        ),
+        (_set("state", publishers=[End("/arm", "std_msgs/msg/String")]), "wrong", "/arm uses std_msgs/msg/String", "expected"),
+        (
+            _set("state", publishers=[End("/arm", "sensor_msgs/msg/JointState", "ERROR: reliability")]),
+            "wrong", "no message passes to or from /arm: ERROR: reliability", "our subscription is best effort",
+        ),
+        (_set("command", subscriptions=[]), "wrong", "no controller carries out", "switch_controllers"),
+        (
+            _set("command", publishers=[End(POLICY, COMMAND), End("/old", COMMAND)]),
+            "wrong", "2 publishers: /robopolicy_policy, /old", "end /old",
+        ),
+        (_set("command", publishers=[End("/servo", COMMAND)]), "wrong", "/servo publishes", "end it before"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_robot_is_named_with_its_mend(
+    change: Callable[[dict[str, Seen]], None], level: str, found: str, mend: str
+) -> None:
+    seen = healthy()
+    change(seen)
+    check = findings(seen)[0]
+    assert check.level == level
+    assert found in check.found
+    assert mend in check.mend
+
+
+# ---- this machine --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "level", "found"),
+    [
+        ({}, "note", "0, which every ROS on this network shares"),
+        ({"ROS_DOMAIN_ID": "7"}, "ok", "7"),
+        ({"ROS_DOMAIN_ID": "seven"}, "wrong", "'seven' is no domain"),
+        ({"ROS_DOMAIN_ID": "233"}, "wrong", "'233' is no domain"),
+        ({"ROS_DOMAIN_ID": "150"}, "note", "150"),
+    ],
+)
+def test_domains(environment: dict[str, str], level: str, found: str) -> None:
+    check = doctor.domain(environment)[0]
+    assert check.level == level
+    assert found in check.found
+
+
+@pytest.mark.parametrize(
+    ("environment", "level"),
+    [
+        ({"ROS_AUTOMATIC_DISCOVERY_RANGE": "OFF"}, "wrong"),
+        ({"ROS_LOCALHOST_ONLY": "1"}, "note"),
+        ({"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, "ok"),
+        ({}, "ok"),
+    ],
+)
+def test_discovery(environment: dict[str, str], level: str) -> None:
+    assert doctor.domain(environment)[1].level == level
+
+
+@pytest.mark.parametrize(
+    ("environment", "images", "level"),
+    [
+        ({}, ["front/image_raw"], "note"),
+        ({}, [], "ok"),
+        ({"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"}, ["front/image_raw"], "ok"),
+        ({"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA?max_msg_size=1MB"}, ["front/image_raw"], "ok"),
+        ({"FASTDDS_BUILTIN_TRANSPORTS": "SHM"}, ["front/image_raw"], "wrong"),
+        ({"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA", "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, ["front/image_raw"], "note"),
+        ({"FASTDDS_DEFAULT_PROFILES_FILE": "x.xml", "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, ["front/image_raw"], "note"),
+    ],
+)
+def test_transports_against_the_size_of_messages(environment: dict[str, str], images: list[str], level: str) -> None:
+    check = doctor.transports(environment, images)
+    assert check.level == level, check
+
+
+def test_middleware_and_messages() -> None:
+    assert doctor.middleware("rmw_fastrtps_cpp", {}).level == "ok"
+    assert doctor.middleware("rmw_cyclonedds_cpp", {}).level == "note"
+    assert doctor.middleware("rmw_fastrtps_cpp", {"RMW_IMPLEMENTATION": "rmw_zenoh_cpp"}).level == "wrong"
+    assert doctor.messages().level == "ok"
+    assert doctor.installed().level == "ok"
+
+
+def test_packages_beside_a_sourced_ros_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROS_DISTRO", "jazzy")
+    check = doctor.installed()
+    assert check.level == "wrong"
+    assert "shadow ROS jazzy" in check.found
+
+
+def test_lost_messages_are_found() -> None:
+    assert doctor.delivery(20).level == "ok"
+    assert doctor.delivery(3).level == "wrong"
+
+
+def test_shared_memory_of_the_dead_is_found_and_deleted(tmp_path: Path) -> None:
+    for name in ("fastdds_00c0ffee", "fastdds_00c0ffee_el", "sem.fastdds_port7411_mutex", "fastdds_port7411", "unrelated"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    assert shm.leftovers(age=60, folder=tmp_path) == []  # too young: their owner may not have locked them yet
+    time.sleep(1.1)
+    check = doctor.shared_memory(folder=tmp_path)
+    assert check.level == "wrong"
+    assert "4 files" in check.found
+    assert "--clean" in check.mend
+    assert doctor.shared_memory(clean=True, folder=tmp_path).level == "ok"
+    assert [path.name for path in tmp_path.iterdir()] == ["unrelated"]
+
+
+def test_shared_memory_of_the_living_is_left_alone(ros: Sandbox) -> None:
+    import os
+
+    assert ros.node is not None
+    names = shm.segments(os.getpid())
+    assert names
+    assert not [path for path in shm.leftovers(age=0.0) if shm.belongs(path, names)]
+
+
+def test_stamps_are_read_without_decoding() -> None:
+    from builtin_interfaces.msg import Time
+    from rclpy.serialization import serialize_message
+    from sensor_msgs.msg import Image
+    from std_msgs.msg import Header
+
+    message = Image(header=Header(stamp=Time(sec=1_700_000_000, nanosec=250_000_000), frame_id="camera"))
+    assert stamp_of(serialize_message(message)) == 1_700_000_000.25
+    assert stamp_of(serialize_message(Image())) is None
+
+
+# ---- over DDS ------------------------------------------------------------------------------------------------------------------
+
+# Wrong joint names, stamps from the future, NaN; a controller that wants what a command cannot promise; two commanders.
+ROBOT = """
+import rclpy, time
+from rclpy.qos import QoSProfile, ReliabilityPolicy, DurabilityPolicy
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Float64MultiArray
+rclpy.init()
+driver, first, second = (rclpy.create_node(name) for name in ("driver", "first", "second"))
+states = driver.create_publisher(JointState, "joint_states", 10)
+latched = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+keep = [
+    driver.create_subscription(Float64MultiArray, "forward_position_controller/commands", print, latched),
+    first.create_publisher(Float64MultiArray, "forward_position_controller/commands", 1),
+    second.create_publisher(Float64MultiArray, "forward_position_controller/commands", 1),
+]
+def publish():
+    message = JointState(name=[f"left_joint{n}" for n in range(1, 8)], position=[0.0] * 6 + [float("nan")])
+    ahead = time.time() + 3.0
+    message.header.stamp.sec, message.header.stamp.nanosec = int(ahead), int(1e9 * (ahead % 1))
+    states.publish(message)
+driver.create_timer(0.005, publish)
+rclpy.spin(driver)
+"""
+
+
+def test_a_sick_robot_over_dds(ros: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stand_in_robot.py").write_text(ROBOT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ros.start("stand_in_robot", namespace="left")
+    command = [sys.executable, "-m", "robopolicy.cli", "doctor", "ros", "--namespace", "left", "--seconds", "1", "--json"]
+    process = ros.run(command)
+    assert process.wait(60) == 1
+    printed = process.output()
+    document = json.loads(printed[printed.index("{") :])
+    found = {(check["name"], check["found"]) for check in document["checks"] if check["level"] == "wrong"}
+    topics = "\n".join(f"{name}: {text}" for name, text in found)
+    for expected in (
+        r"/left/joint_states: no joint1, .*left_finger.* among left_joint1",
+        r"/left/joint_states: \d+ messages held NaN",
+        r"/left/joint_states: stamps are (2\d\d\d|3000) ms in the future",
+        r"/left/forward_position_controller/commands: no message passes to or from /left/driver: [^;]*olatile[^;]*$",
+        r"/left/forward_position_controller/commands: 2 publishers: /left/\w+, /left/\w+",
+    ):
+        assert re.search(expected, topics, re.M), f"{expected} not in\n{topics}"
+    assert 50 < document["topics"]["state"]["rate"] < 300
+    delivered = next(check for check in document["checks"] if check["name"] == "delivery")
+    assert delivered["level"] == "ok", delivered  # with what the sandbox sets
+
+
+def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "ros", "--profile", "vitual"]) == 2
+    assert "did you mean 'virtual'?" in capsys.readouterr().err
+
+
+def test_without_rclpy_the_rest_is_still_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from hardware.ros2 import runtime
+
+    def missing() -> None:
+        raise runtime.RosError("there is no rclpy here; pip install 'robopolicy[ros]'")
+
+    monkeypatch.setattr(runtime, "require", missing)
+    arguments = argparse.Namespace(profile="virtual", namespace="", node="x", seconds=1.0, clean=False, json=False)
+    assert doctor.run(arguments) == 1
+    shown = capsys.readouterr().out
+    assert "mend: there is no rclpy here; pip install 'robopolicy[ros]'" in shown
+    assert "ROS_DOMAIN_ID" in shown
