@@ -19,43 +19,17 @@ import numpy as np
 
 from robopolicy.deploy.clock import Clock, Tick, Ticker, quiet
 from robopolicy.deploy.latency import Log
-from robopolicy.deploy.safety import Mode, Reason, SafetyFilter, Stamp
-from robopolicy.deploy.sources import ControlConfig, Idle, Source, Target
-from robopolicy.deploy.status import Answer, Period, Status, age, ages, timing
+from robopolicy.deploy.requests import REQUESTS, Answer, Ticket
+from robopolicy.deploy.safety import Mode, Reason, Result, SafetyFilter, Stamp
+from robopolicy.deploy.sources import ControlConfig, Idle, Source, Target, age
+from robopolicy.deploy.status import Period, Status, ages, timing
 from robopolicy.errors import ConfigError, nearest
 from robopolicy.robot import Robot, State
 
 MODES = {mode: float(index) for index, mode in enumerate(Mode)}  # as the log has them
-REQUESTS = ("idle", "start", "stop", "home", "estop", "reset", "deadman")
 _PATIENCE = 1.0  # [s]: nobody expects the arm to move for a request older than this
 _RECENT = 5.0  # [s] of which the status has percentiles
 _MOVING = (Mode.RUNNING, Mode.HOLDING)
-
-
-class Ticket:
-    """A request on its way to the control thread.
-
-    Attributes:
-        name, arguments, asked: What was asked for, and when [s].
-        answer: What came of it; None: nothing yet.
-    """
-
-    def __init__(self, name: str, arguments: Mapping[str, Any], asked: float) -> None:
-        self.name, self.arguments, self.asked = name, arguments, asked
-        self.answer: Answer | None = None
-        self._done = threading.Event()
-
-    def wait(self, timeout: float = 1.0) -> tuple[bool, str]:
-        """Whether it was done, and what there is to say. Takes a period; longer only when control hangs."""
-        self._done.wait(timeout)
-        if self.answer is None:
-            return False, f"control has not answered within {timeout:g} s; it hangs or does not run"
-        return self.answer.ok, self.answer.message
-
-    def settle(self, ok: bool, message: str) -> Answer:
-        self.answer = Answer(self.name, ok, message)
-        self._done.set()
-        return self.answer
 
 
 class Arbiter:
@@ -117,6 +91,7 @@ class Arbiter:
         self._deadman: Stamp | None = None
         self._cause = ""
         self._answer: Answer | None = None
+        self._result: Result | None = None  # of this period
         self._last: Period | None = None
 
     # ---- any thread ----------------------------------------------------------------------------------------------------------
@@ -237,7 +212,7 @@ class Arbiter:
         return self.safety.start(state.positions, state.stamp, now, reseat=reseat or self.shadow)
 
     def _period(self, tick: Tick) -> None:
-        now = tick.start
+        now, self._result = tick.start, None
         state = self.robot.state()
         if self._starting:
             self._await(now, state)
@@ -248,7 +223,7 @@ class Arbiter:
         inputs = target.stamps
         if inputs is None:  # it looks at none, so none can be too old
             inputs = dict.fromkeys(self.safety.limits.freshness.inputs, Stamp(now))
-        result = self.safety(
+        self._result = result = self.safety(
             now,
             self._measured(state),
             None if braking else target.positions,
@@ -313,7 +288,10 @@ class Arbiter:
         self.fault = error
         self.rest(f"fault: {error!r}")
         try:
-            self._brake(now)
+            if self._result is None:
+                self._brake(now)
+            else:  # the set point has made its step; two in one period would be twice as fast
+                self._send(self._result.executed)
         except Exception as again:  # nothing more can be done in this period
             self.fault = again
 
@@ -381,10 +359,10 @@ class Arbiter:
         return True, "pressed" if pressed else "released"
 
     def _deadman_gone(self, now: float) -> Reason | None:
-        limit = self.safety.limits.freshness.deadman
+        limit, pressed = self.safety.limits.freshness.deadman, self._deadman
         if limit is None:
             return None
-        since = float("inf") if self._deadman is None else age(now, self._deadman)
+        since = float("inf") if pressed is None else age(now, pressed)
         return None if since <= limit else Reason("deadman", "", since, limit)
 
     def _dismiss(self) -> None:

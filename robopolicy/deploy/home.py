@@ -47,6 +47,8 @@ class HomeSource:
         self._dt = 1.0 / limits.rate
 
     def begin(self, now: float, state: State) -> tuple[Reason, ...]:
+        if state.positions.shape != self.positions.shape or not np.isfinite(state.positions).all():
+            return (Reason("state_not_finite"),)  # nobody knows from where
         self._from = state.positions.copy()
         self._way = self.positions - self._from
         # Along 3 x^2 - 2 x^3, which begins and ends at rest; in between it is at most 1.5 times as fast as the mean.

@@ -219,7 +219,8 @@ class PolicySource:
         self._see(sample, first=True)
         if self._unusable is not None:
             return (self._unusable,)
-        if self.guard is not None and (reasons := self.guard(sample.values)):
+        reasons = self._too_old(now) or (self.guard(sample.values) if self.guard is not None else ())
+        if reasons:
             return reasons
         self.executor.reset()
         self._interpolate.reset()
@@ -293,6 +294,13 @@ class PolicySource:
             now = dict(sample.values)
             self._history = [now] * self.config.n_obs_steps if first else [*self._history[1:], now]
 
+    def _too_old(self, now: float) -> tuple[Reason, ...]:
+        """Which inputs are: the arm would not stay under way."""
+        fresh = self.limits.freshness
+        found = dict.fromkeys(fresh.inputs, np.inf) | {name: age(now, stamp) for name, stamp in self._stamps.items()}
+        limits = {name: fresh.inputs.get(name, fresh.default) for name in found}
+        return tuple(Reason("stale", name, old, limits[name]) for name, old in found.items() if not old <= limits[name])
+
     def _ask(self, sample: Sample) -> None:
         self.engine.post(self._stacked(), sample.time, self.executor.remaining(sample.time))
         self._rows_left = rows_between(self.engine.delay, self.config.replan, self.engine.rows, self.row)
@@ -318,6 +326,11 @@ class PolicySource:
         velocity = (target - self._last_target) / (periods * self.dt)
         velocity[np.abs(velocity) > self._fastest] = 0.0
         return velocity
+
+
+def age(now: float, stamp: Stamp) -> float:
+    """The larger of time since arrival and since the source's own stamp [s]."""
+    return max(now - stamp.came, now - (stamp.came if stamp.made is None else stamp.made))
 
 
 def _not_finite(values: Mapping[str, np.ndarray]) -> Reason | None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from robopolicy.deploy.clock import Tick
 from robopolicy.deploy.latency import percentiles
-from robopolicy.deploy.safety import Result, Stamp
-from robopolicy.deploy.sources import Target
+from robopolicy.deploy.requests import Answer
+from robopolicy.deploy.safety import Result
+from robopolicy.deploy.sources import Target, age
 from robopolicy.robot import State
 
 
@@ -31,14 +32,6 @@ class Period(NamedTuple):
     source: str
     target: Target
     result: Result
-
-
-class Answer(NamedTuple):
-    """What came of a request."""
-
-    name: str
-    ok: bool
-    message: str
 
 
 @dataclass(frozen=True)
@@ -92,11 +85,6 @@ class Status:
     events: Mapping[str, int]
     reports: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
-
-
-def age(now: float, stamp: Stamp) -> float:
-    """The larger of time since arrival and since the source's own stamp [s]."""
-    return max(now - stamp.came, now - (stamp.came if stamp.made is None else stamp.made))
 
 
 def ages(period: Period) -> dict[str, float]:

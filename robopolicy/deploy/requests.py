@@ -1,0 +1,43 @@
+"""Requests of other threads to the control thread, and what came of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+REQUESTS = ("idle", "start", "stop", "home", "estop", "reset", "deadman")
+
+
+class Answer(NamedTuple):
+    """What came of a request."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+class Ticket:
+    """A request on its way to the control thread.
+
+    Attributes:
+        name, arguments, asked: What was asked for, and when [s].
+        answer: What came of it; None: nothing yet.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any], asked: float) -> None:
+        self.name, self.arguments, self.asked = name, arguments, asked
+        self.answer: Answer | None = None
+        self._done = threading.Event()
+
+    def wait(self, timeout: float = 1.0) -> tuple[bool, str]:
+        """Whether it was done, and what there is to say. Takes a period; longer only when control hangs."""
+        self._done.wait(timeout)
+        if self.answer is None:
+            return False, f"control has not answered within {timeout:g} s; it hangs or does not run"
+        return self.answer.ok, self.answer.message
+
+    def settle(self, ok: bool, message: str) -> Answer:
+        self.answer = Answer(self.name, ok, message)
+        self._done.set()
+        return self.answer
