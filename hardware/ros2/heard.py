@@ -23,9 +23,8 @@ from robopolicy.errors import ConfigError
 from robopolicy.features import Feature
 from robopolicy.robot import Measured, RobotModel
 
-COMMANDED_TOPIC = (
-    "robopolicy_policy/commanded"  # coordinates before the safety filter, Float64MultiArray; where somebody says them
-)
+# Coordinates before the safety filter, by name: JointState as in ~/shadow, where somebody publishes them.
+COMMANDED_TOPIC = "robopolicy_policy/commanded"
 _DEPTH = 20  # messages that may wait: a recorder wants all of them, not the newest
 
 
@@ -58,7 +57,7 @@ class Heard:
                 self._listen(node, topic.type, topic.name, self._command)
             elif topic.key == "gripper":
                 self._listen(node, topic.type, topic.name, self._commands.gripper)
-        self._listen(node, "std_msgs/msg/Float64MultiArray", commanded, self._wanted)
+        self._listen(node, "sensor_msgs/msg/JointState", commanded, self._wanted)
 
     def poll(self) -> None:
         """Hand on what is new in the robot's slots. Pictures are decoded in another thread: call it at least every period."""
@@ -89,9 +88,11 @@ class Heard:
             self._tracks[EXECUTED].add(value, Stamp(self._clock.now()))
 
     def _wanted(self, message: Any) -> None:
-        value = np.array(message.data, np.float64)
-        if len(value) == len(self._model.names) and np.isfinite(value).all():
-            self._tracks[COMMANDED].add(value, Stamp(self._clock.now()))
+        values = dict(zip(message.name, message.position, strict=False))
+        if values.keys() >= set(self._model.names):
+            value = np.array([values[name] for name in self._model.names])
+            if np.isfinite(value).all():
+                self._tracks[COMMANDED].add(value, Stamp(self._clock.now(), self._clock.made(message.header.stamp)))
 
     def _listen(self, node: Any, type_: str, topic: str, callback: Callable[[Any], None]) -> None:
         quality = Quality(reliable=COMMAND.reliable, depth=_DEPTH).to_ros()

@@ -205,6 +205,10 @@ class Recording:
         ended, self._ended = self._ended, None
         return ended
 
+    def forget(self) -> None:
+        """Drop all that has come: other messages follow, of another time."""
+        self.tracks.update({name: Track() for name in self.tracks})
+
     @property
     def episodes(self) -> int:
         """Stored so far."""
