@@ -136,7 +136,9 @@ def import_class(kind: str, name: str, registry: Mapping[str, str]) -> type:
     """The class behind a registered short name or a dotted path ``package.module:Class``. Raises ConfigError."""
     path = registry.get(name, name)
     if ":" not in path:
-        raise ConfigError(f"unknown {kind} '{name}': {nearest(name, registry)} Or give a dotted path, package.module:Class")
+        known = nearest(name, registry)
+        stop = "" if known.endswith("?") else "."
+        raise ConfigError(f"unknown {kind} '{name}': {known}{stop} Or give a dotted path, package.module:Class")
     module_name, _, attribute = path.partition(":")
     try:
         cls: type = getattr(importlib.import_module(module_name), attribute)

@@ -74,8 +74,11 @@ class PolicyConfig(Config):
                 "set method.tuned_steps=null)"
             )
         clip, mode = self.sampler.get("clip"), self.normalize.get("action", self.default_normalize)
-        if clip is not None and clip < {"meanstd": 3.0, "quantile": 1.5}.get(mode, 0.0):
-            raise ValueError(f"sampler.clip {clip} cuts off actions normalised by {mode}, which go beyond; set clip: null")
+        least = {"meanstd": 3.0, "quantile": 1.5}.get(mode, 0.0)
+        if clip is not None and clip < least:
+            # Without a bound, the x0 that follows from eps in nothing but noise is an error divided by almost 0.
+            mend = f"{least:g} or more (eps needs a bound)" if self.prediction == "eps" else "null"
+            raise ValueError(f"sampler.clip {clip} cuts off actions normalised by {mode}, which go beyond; set clip: {mend}")
         return self
 
     @pydantic.field_validator("path", "sampler", "net", "encoder", mode="after")

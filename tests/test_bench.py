@@ -179,6 +179,9 @@ def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.Captu
         assert report["age_ms"]["max"] > 0
         assert set(report["jerk_rms"]) == {"x", "y"}
         assert (tmp_path / "out" / "loop.png").exists()
+    for setting in ("--seconds", "--rate"):
+        assert cli.main(["bench", "loop", str(folder), *options, setting, "0"]) == 2
+        assert f"{setting} 0 is too little" in capsys.readouterr().err
     assert cli.main(["bench", "loop", str(folder), *options, "--planner", "rtc"]) == 2
     assert "an export has no planner 'rtc'" in capsys.readouterr().err
 

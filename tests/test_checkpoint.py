@@ -102,3 +102,24 @@ def test_a_folder_without_checkpoints_says_so(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is an export"):
         find_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["zarr.json"], "it is a dataset: train on it"),
+        ([".zgroup"], "it is a dataset: train on it"),
+        (["eval.json", "report.html"], r"it is an evaluation: .*thing/eval\.json"),
+        (["decode.onnx"], "without their manifest.json: copy the whole folder"),
+        (["a/policy.json", "b/checkpoints/step_4/policy.json", "c/notes.txt"], r"it holds runs; name one: .*thing/a, .*thing/b$"),
+        (["notes.txt"], "has the run saved one yet"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_by_its_name(files: list[str], expected: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / "thing" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "thing" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=expected):
+        find_policy(tmp_path / "thing")
+    with pytest.raises(CheckpointError, match="has the run saved one yet"):
+        find_policy(tmp_path / "thing" / files[0])

@@ -198,3 +198,12 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "robopolicy compose outputs/a outputs/b --search" in out
     assert "300000" in out
+
+
+def test_a_report_of_before_is_not_taken_for_that_of_the_new_policy(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "compose.json").write_text("{}")  # its policy was removed
+    assert main(["compose", *parents, "--out", str(tmp_path)]) == 2
+    assert "holds the report of another composition" in capsys.readouterr().err
+    assert not (tmp_path / "policy.json").exists()

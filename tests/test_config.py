@@ -114,3 +114,10 @@ def test_a_wrong_component_is_an_error(value: Any, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         component("thing", value, REGISTRY)
     assert expected in str(caught.value)
+
+
+def test_an_unknown_component_is_answered_in_sentences() -> None:
+    with pytest.raises(ConfigError, match=r"unknown net 'zzz': valid: dit, mlp\. Or give a dotted path"):
+        component("net", "zzz", {"mlp": "a:B", "dit": "a:C"})
+    with pytest.raises(ConfigError, match=r"unknown net 'mpl': did you mean 'mlp'\? Or give a dotted path"):
+        component("net", "mpl", {"mlp": "a:B", "dit": "a:C"})

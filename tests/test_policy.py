@@ -123,6 +123,10 @@ def test_what_cannot_be_built_is_refused() -> None:
         policy(n_action_steps=8)
     with pytest.raises(ConfigError, match="set clip: null"):
         policy(sampler={"type": "ddim"}, normalize={"action": "meanstd"})
+    eps = {"path": {"type": "vp_cosine"}, "prediction": "eps", "normalize": {"action": "meanstd"}}
+    with pytest.raises(ConfigError, match=r"set clip: 3 or more \(eps needs a bound\)"):
+        policy(sampler={"type": "ddim"}, **eps)
+    policy(sampler={"type": "ddim", "clip": 3.0}, **eps)
     with pytest.raises(ConfigError, match="reference 'elbow' is not observed"):
         policy(action={"type": "relative", "reference": ["elbow"]})
     with pytest.raises(DataError, match="no normaliser for speed"):

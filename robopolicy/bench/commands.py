@@ -86,6 +86,9 @@ def _loop(args: argparse.Namespace) -> int:
     from robopolicy.evaluate.commands import load
     from robopolicy.policy import Policy
 
+    for name in ("rate", "seconds"):
+        if not getattr(args, name) > 0:
+            raise EvaluationError(f"bench loop: --{name} {getattr(args, name):g} is too little; give more than 0")
     torch.set_num_threads(1)
     policy, task = load(args.policy, args)
     assert isinstance(policy, Policy | ExportedPolicy)

@@ -142,6 +142,8 @@ def _check(args: argparse.Namespace, parents: list[str]) -> None:
     folder = args.out or _default_folder(args, parents)
     if any((folder / name).exists() for name in ("policy.json", "checkpoints")):  # every verb would take one for the other
         raise ConfigError(f"'{folder}' already holds a policy or a run; choose another --out")
+    if any((folder / name).exists() for name in ("compose.json", "report.html")):  # it would be read as of the new policy
+        raise ConfigError(f"'{folder}' holds the report of another composition; choose another --out, or remove it")
     if args.points is not None and args.points < 2:
         raise ConfigError(f"--points {args.points}: 0 and 1 are two; give at least 2")
 

@@ -170,9 +170,14 @@ def walk(policy: Policy) -> tuple[Step, ...]:
 
     sampler, path = policy.sampler, policy.path
     if type(sampler).sample is not samplers.Sampler.sample:
+        if getattr(sampler, "superposes", False):
+            raise ConfigError(
+                "export: a composition by rule and/or is walked in a way that graphs cannot express; "
+                "compose with rule convex or product, or distil the policy and export the student"
+            )
         raise ConfigError(
-            f"export: sampler '{policy.config.sampler['type']}' walks in a way of its own; "
-            "compose with rule convex or product, or distil the policy and export the student"
+            f"export: sampler '{policy.config.sampler['type']}' walks in a way of its own, which is not in the graphs; "
+            "choose another sampler, or distil the policy and export the student"
         )
     zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
     times = sampler.times(path)

@@ -148,7 +148,25 @@ def find_policy(path: str | Path) -> Path:
     for folder in (CheckpointFolder(path / "checkpoints"), CheckpointFolder(path)):
         if steps := folder.steps():
             return folder.path(steps[-1])
-    raise CheckpointError(f"'{path}' holds no checkpoint (no policy.json, no checkpoints/step_*); has the run saved one yet?")
+    raise CheckpointError(f"'{path}' holds no checkpoint (no policy.json, no checkpoints/step_*); {_instead(path)}")
+
+
+def _instead(path: Path) -> str:
+    """What a folder without a checkpoint is, as far as can be seen."""
+    if any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+        return "it is a dataset: train on it with `robopolicy train CONFIG data.path=...`"
+    if (path / "eval.json").exists():
+        return f"it is an evaluation: `robopolicy compare` takes two files like '{path / 'eval.json'}'"
+    if any(path.glob("*.onnx")) or any(path.glob("*.xml")) or any(path.glob("*.pt")):
+        return "it holds graphs of an export without their manifest.json: copy the whole folder"
+    runs = sorted(str(run) for run in path.iterdir() if run.is_dir() and _is_run(run)) if path.is_dir() else []
+    if runs:
+        return f"it holds runs; name one: {', '.join(runs[:5])}{', ...' if len(runs) > 5 else ''}"
+    return "has the run saved one yet?"
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "policy.json").exists() or bool(CheckpointFolder(path / "checkpoints").steps())
 
 
 def _digest(path: Path) -> str:
