@@ -109,7 +109,7 @@ def test_an_arm_that_passes_home_has_not_arrived() -> None:
 
 
 def test_a_home_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="home: b 0.97 is outside"):
+    with pytest.raises(ConfigError, match=r"home: b 0\.97 is outside"):
         HomeSource(np.array([0.0, 0.97]), LIMITS)
     with pytest.raises(ConfigError, match="home has 3 positions; give one for each of a, b"):
         HomeSource(np.zeros(3), LIMITS)
