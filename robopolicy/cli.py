@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("robopolicy.bench.commands", "measure latency, percentile by percentile, of a checkpoint or an export"),
     "up": ("hardware.ros2.up", "start a policy on an arm over ROS 2, or on the virtual arm, without a ROS installation"),
     "doctor": ("hardware.ros2.doctor", "check this machine and its robot before anything moves; each finding with its mend"),
+    "bag": ("hardware.ros2.bag", "record and replay ROS 2 bags, make episodes of them, run a policy on them"),
     "tasks": ("robopolicy.tasks", "list the tasks that can be trained and evaluated on, with what they observe"),
 }
 

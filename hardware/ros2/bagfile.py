@@ -6,10 +6,12 @@ everything up to a second before is in it, and :func:`repair` makes a whole bag 
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import shutil
 import sqlite3
+import statistics
 import struct
 import tempfile
 import threading
@@ -110,6 +112,40 @@ def open_bag(path: str | Path) -> Iterator[Bag]:
             mend = "it was not closed" if path.is_dir() and not (path / "metadata.yaml").exists() else f"{_line(error)}"
             raise BagError(f"'{path}' cannot be read: {mend}; try `robopolicy bag repair {path} --out NEW`") from error
         yield bag
+
+
+class Described(NamedTuple):
+    """One topic.
+
+    Attributes:
+        messages: How many.
+        rate: Mean [Hz].
+        gap: Longest time between two [s].
+        age: Median of arrival less header stamp [s]; None where there is no stamp. Far from a few ms: clocks disagree.
+    """
+
+    messages: int
+    rate: float
+    gap: float
+    age: float | None
+
+
+def describe(bag: Bag) -> dict[str, Described]:
+    """What comes on each topic. Reads the whole bag."""
+    came: dict[str, list[int]] = {name: [] for name in bag.types}
+    ages: dict[str, list[float]] = {name: [] for name in bag.types}
+    stamped = {name for name in bag.types if bag.stamped(name)}
+    for message in bag.messages():
+        came[message.topic].append(message.came)
+        if message.topic in stamped and (stamp := stamp_of(message.data)):
+            ages[message.topic].append((message.came - stamp) * 1e-9)
+    found = {}
+    for name, times in came.items():
+        span = (times[-1] - times[0]) * 1e-9 if len(times) > 1 else 0.0
+        gap = max((b - a for a, b in itertools.pairwise(times)), default=0) * 1e-9
+        age = statistics.median(ages[name]) if ages[name] else None
+        found[name] = Described(len(times), (len(times) - 1) / span if span > 0 else 0.0, gap, age)
+    return found
 
 
 class BagWriter:
@@ -282,13 +318,17 @@ def _rosbags() -> _Rosbags:
     return _Rosbags(AnyReader, Writer, StoragePlugin, typesys)
 
 
+def stamp_of(data: bytes) -> int:
+    """The stamp [ns] of a serialised message that begins with a header; 0: none."""
+    sec, nanosec = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
+    return int(sec * 1_000_000_000 + nanosec)
+
+
 def restamped(data: bytes, shift: int) -> bytes:
-    """A serialised message that begins with a header, its stamp ``shift`` nanoseconds later; zero stamps stay zero."""
-    order = "<" if data[1] & 1 else ">"
-    sec, nanosec = struct.unpack_from(f"{order}iI", data, 4)
-    if sec == 0 and nanosec == 0:
+    """The same, its stamp ``shift`` nanoseconds later; zero stamps stay zero."""
+    if (stamp := stamp_of(data)) == 0:
         return data
-    total = sec * 1_000_000_000 + nanosec + shift
+    order, total = "<" if data[1] & 1 else ">", stamp + shift
     return data[:4] + struct.pack(f"{order}iI", total // 1_000_000_000, total % 1_000_000_000) + data[12:]
 
 

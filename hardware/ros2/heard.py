@@ -111,7 +111,7 @@ class CommandReader:
     def __init__(self, profile: RosProfile) -> None:
         self._type, self._names, self._gripper = profile.command.type, profile.names, profile.gripper
         self._columns = [self._names.index(name) for name in profile.command.joints]
-        joints = [profile.state.joint(name) if name in profile.state.joints else None for name in profile.command.joints]
+        joints = [profile.state.joints.get(name) for name in profile.command.joints]
         self._joint_names = [
             joint.names[0] if joint else name for joint, name in zip(joints, profile.command.joints, strict=True)
         ]
