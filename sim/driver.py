@@ -347,7 +347,7 @@ class Driver:
         return simulated / (simulated + self._lost) if simulated else 1.0
 
     def report(self) -> dict[str, Any]:
-        """The record; times are seconds ago, None: never."""
+        """The record; times are the clock's, None: never."""
         with self._lock:
             now = self._clock.now()
             return self.record.asdict() | {
@@ -355,7 +355,9 @@ class Driver:
                 "success": self.world.success,
                 "real_time_factor": self.real_time_factor,
                 "lost_s": self._lost,
-                "since_moved_s": None if self.record.moved is None else now - self.record.moved,
-                "since_commanded_s": None if self.record.commanded is None else now - self.record.commanded,
+                "time": now,
+                "timestep": self.world.timestep,
+                "moved_at": self.record.moved,
+                "commanded_at": self.record.commanded,
                 "positions": dict(zip(self.world.names, self.world.positions.tolist(), strict=True)),
             }

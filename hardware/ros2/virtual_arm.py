@@ -227,7 +227,8 @@ class VirtualArm:
         return f"episode of seed {seed}"
 
     def _write(self, report: dict[str, Any]) -> str:
-        text = json.dumps(report | {"faults": {kind: self._counted(kind) for kind in STREAMS}}, indent=2)
+        faults = {kind: self._counted(kind) for kind in STREAMS}
+        text = json.dumps(report | {"faults": faults, "faults_set_at": self._faults_set}, indent=2)
         if self.config.record_path:
             Path(self.config.record_path).write_text(text + "\n")
         return text
@@ -247,6 +248,7 @@ class VirtualArm:
 
     def _set_faults(self, changes: Sequence[Any]) -> Any:
         changed = {parameter.name: parameter.value for parameter in changes}
+        self._faults_set = self._clock.now()
         result = message_type("rcl_interfaces/msg/SetParametersResult")(successful=True)
         try:
             for kind in STREAMS:

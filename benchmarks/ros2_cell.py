@@ -1,0 +1,170 @@
+"""A virtual arm and a policy node in processes of their own, on a domain of their own, and a client that runs episodes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from hardware.ros2.contract import LATCHED, message_type
+from hardware.ros2.runtime import LOCALHOST, Ros, RosError
+from hardware.ros2.services import TRIGGER, call, set_parameter
+
+ARM, POLICY = "virtual_arm", "robopolicy_policy"
+CHANGE_STATE = "lifecycle_msgs/srv/ChangeState"
+_CONFIGURE = 180.0  # [s]: torch is imported, the policy warmed up
+_END = 15.0  # [s]: for a process to end after Ctrl-C
+
+
+class Said(NamedTuple):
+    """One message of the policy node's ``~/state``."""
+
+    time: float
+    mode: str
+    cause: str
+
+
+class Cell:
+    """Use as a context manager: the processes are there inside it.
+
+    Args:
+        checkpoint: The policy.
+        domain: ROS domain that nobody else uses.
+        logs: Folder for what the processes print.
+        arm: Parameters of the virtual arm.
+        policy: Parameters of the policy node.
+
+    Attributes:
+        said: What the policy node said of itself, oldest first.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        domain: int,
+        logs: Path,
+        arm: Mapping[str, Any] | None = None,
+        policy: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._arm, self._policy = dict(arm or {}), {"checkpoint": str(Path(checkpoint).resolve()), **(policy or {})}
+        self._domain, self._logs = domain, logs
+        self.said: list[Said] = []
+
+    def __enter__(self) -> Self:
+        os.environ.update(LOCALHOST | {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"})
+        environment = os.environ | {"ROS_DOMAIN_ID": str(self._domain), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._processes = {
+            name: _start(f"hardware.ros2.{module}", parameters, environment, self._logs / f"{name}.log")
+            for name, module, parameters in ((ARM, "virtual_arm", self._arm), (POLICY, "policy_node", self._policy))
+        }
+        self._ros = Ros(signals=False, domain=self._domain)
+        try:
+            self._ros.__enter__()
+            self.node = self._ros.node("benchmark")
+            self.node.create_subscription(message_type("std_msgs/msg/String"), f"{POLICY}/state", self._hear, LATCHED.to_ros())
+            self._ros.spin_in_thread()
+            self.trigger(ARM, "record", 60.0)
+            self.change("configure")
+            self.change("activate")
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._ros.close()
+        for process in reversed(self._processes.values()):  # the policy first: it brings the arm to rest
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _hear(self, message: Any) -> None:
+        found = json.loads(message.data)
+        self.said.append(Said(time.monotonic(), found["mode"], found["cause"]))
+
+    # ---- what is asked -------------------------------------------------------------------------------------------------------
+
+    def trigger(self, node: str, service: str, timeout: float = 20.0) -> str:
+        """Call a Trigger. Raises RosError when it is refused, and says which process has died if one has."""
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise RosError(f"{name} has ended with code {process.returncode}; see {self._logs / name}.log")
+        return str(call(self.node, f"{node}/{service}", TRIGGER, timeout=timeout).message)
+
+    def change(self, transition: str) -> None:
+        """A lifecycle transition of the policy node. Raises RosError with what the node says."""
+        state = message_type("lifecycle_msgs/msg/Transition")
+        request = message_type(CHANGE_STATE).Request(transition=state(id=getattr(state, f"TRANSITION_{transition.upper()}")))
+        if not call(self.node, f"{POLICY}/change_state", CHANGE_STATE, request, _CONFIGURE).success:
+            raise RosError(f"{transition} failed; see {self._logs / POLICY}.log")
+
+    def record(self) -> dict[str, Any]:
+        """What the simulator has seen since the last reset."""
+        found: dict[str, Any] = json.loads(self.trigger(ARM, "record"))
+        return found
+
+    def faults(self, stream: str, values: Mapping[str, float | bool]) -> None:
+        for name, value in values.items():
+            set_parameter(self.node, ARM, f"faults.{stream}.{name}", value)
+
+    def begin(self, seed: int) -> None:
+        """Put the arm where the episode of ``seed`` begins, clear the record, start the policy.
+
+        The node is inactive meanwhile: one that is active would refuse to start, because something has moved the arm.
+        """
+        self.trigger(ARM, "clear_faults")
+        self.change("deactivate")
+        set_parameter(self.node, ARM, "seed", seed)
+        self.trigger(ARM, "reset")
+        time.sleep(0.1)  # states from before are gone
+        self.change("activate")
+        self.trigger(ARM, "clear_record")
+        self.trigger(POLICY, "start")
+
+    @property
+    def mode(self) -> str:
+        """Of the policy node, as it said last."""
+        return self.said[-1].mode if self.said else ""
+
+    @staticmethod
+    def until(condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait for something, for so long at most: whether it came."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+def _start(module: str, parameters: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    values = [word for key, value in parameters.items() for word in ("-p", f"{key}:={_text(value)}")]
+    command = [sys.executable, "-m", module, *(["--ros-args", *values] if values else [])]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
