@@ -76,7 +76,13 @@ arguments:
 environment: {STAND_IN: here}
 processes:
   arm: {module: stand_in_arm, node: stand_in_arm, parameters: {life: $life}, ready: [joint_states]}
-  policy: {module: stand_in_policy, node: stand_in_policy, when: $policy, parameters: {bad: $bad}, lifecycle: $start}
+  policy:
+    module: stand_in_policy
+    node: stand_in_policy
+    when: $policy
+    parameters: {bad: $bad}
+    lifecycle: $start
+    services: [start, estop]
 """
 
 
@@ -143,10 +149,10 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
 
         read_until("policy runs")
         assert not any("called start" in line for line in seen)  # it does not move by itself
-        process.stdin.write("start\nfly\nestop\n")
+        process.stdin.write("start\nfly\npolicy estop\n")
         process.stdin.flush()
         read_until("estop: done: I estop")
-        assert any("'fly' is none of start" in line for line in seen)
+        assert any("'fly' is none of: policy start, policy estop" in line for line in seen)
         children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "stand_in_policy"], capture_output=True, text=True)
         os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
         read_until("policy was killed by SIGKILL; ending the others")

@@ -28,7 +28,6 @@ READY = 60.0  # [s] for a process to be there
 CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
 ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
 FIRST_CODE = 10  # exit code when the first process dies; the second: one more
-COMMANDS = ("start", "stop", "home", "estop", "reset")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -151,9 +150,7 @@ class Supervisor:
                 self._transition(process, transition)
             if process.lifecycle:
                 self._command(process, "start")
-            else:
-                say("ready; the policy moves the arm when you type: start")
-        say(f"{process.name} runs")
+        say(f"{process.name} runs{'; type ' + ', '.join(process.services) if process.services else ''}")
 
     def _transition(self, process: Process, name: str) -> None:
         from lifecycle_msgs.msg import Transition
@@ -165,7 +162,7 @@ class Supervisor:
             raise RosError(f"{process.name} could not {name}; its lines above say why")
 
     def _command(self, process: Process, name: str) -> None:
-        """One of :data:`COMMANDS` of a policy."""
+        """A Trigger service of a node."""
         from std_srvs.srv import Trigger
 
         answer = self._call(Trigger, f"{process.node}/{name}", Trigger.Request(), READY)
@@ -214,13 +211,18 @@ class Supervisor:
                 self._lines.put(line.strip())
 
     def _typed(self, line: str) -> None:
-        policies = [process for process in self._processes if process.lifecycle is not None]
-        if line in COMMANDS and policies:
-            for process in policies:
-                with suppress(RosError):
-                    self._command(process, line)
-        elif line:
-            say(f"'{line}' is none of {', '.join(COMMANDS)}" if policies else "no policy runs here")
+        """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one."""
+        *names, service = line.split() or [""]
+        for process in reversed(self._processes):
+            if service in process.services and names in ([], [process.name]):
+                try:
+                    self._command(process, service)
+                except RosError as error:
+                    say(str(error))
+                return
+        if line:
+            offered = [f"{p.name} {service}" for p in self._processes for service in p.services]
+            say(f"'{line}' is none of: {', '.join(offered) or 'nothing can be typed here'}")
 
     # ---- ending --------------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@
         when: $policy               # only where this is true
         ready: [joint_states]       # topics that must have a publisher before the next process starts
         lifecycle: $start           # configured and activated once it runs; true: started, too, so that it moves
+        services: [start, stop]     # Trigger services that can be typed while `robopolicy up` runs
 
 Standard library and PyYAML alone: `ros2 launch` runs in the system's Python, where this project need not be installed.
 """
@@ -54,6 +55,7 @@ class Process:
         arguments: After the module's name.
         ready: Full names of topics.
         lifecycle: None: it has none. False: configured and activated; true: started, too.
+        services: Those that may be called by hand, without the node's name.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Process:
     arguments: tuple[str, ...]
     ready: tuple[str, ...]
     lifecycle: bool | None
+    services: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ class System:
             node = entry.get("node", "")
             ready = tuple(_full(topic, namespace) for topic in entry.get("ready", []))
             lifecycle = bool(_value(entry["lifecycle"], values)) if "lifecycle" in entry else None
-            arguments = ("--ros-args", *words) if words else ()
-            found.append(Process(name, entry["module"], _full(node, namespace) if node else "", arguments, ready, lifecycle))
+            arguments, services = ("--ros-args", *words) if words else (), tuple(entry.get("services", ()))
+            full = _full(node, namespace) if node else ""
+            found.append(Process(name, entry["module"], full, arguments, ready, lifecycle, services))
         return found
 
     def environ(self) -> dict[str, str]:
@@ -119,7 +123,7 @@ def load_system(path: str | Path) -> System:
     for name, entry in arguments.items():
         _check(entry, ("default", "help"), f"{path}: arguments.{name}")
     for name, entry in processes.items():
-        _check(entry, ("module", "node", "parameters", "when", "ready", "lifecycle"), f"{path}: processes.{name}")
+        _check(entry, ("module", "node", "parameters", "when", "ready", "lifecycle", "services"), f"{path}: processes.{name}")
         if "module" not in entry:
             raise SystemFileError(f"{path}: processes.{name} has no 'module'; say what `python -m` runs")
         for value in (*entry.get("parameters", {}).values(), entry.get("when"), entry.get("lifecycle")):
