@@ -31,7 +31,7 @@ class Outputs:
         self.profile, self._clock, self._command = profile, clock, command
         names, how = profile.names, profile.command
         self._columns = np.array([names.index(name) for name in how.joints])
-        joints = [profile.state.joint(name) if name in profile.state.joints else None for name in how.joints]
+        joints = [profile.state.joints.get(name) for name in how.joints]
         self._joint_names = [joint.names[0] if joint else name for joint, name in zip(joints, how.joints, strict=True)]
         self._scale = np.array([joint.scale if joint else 1.0 for joint in joints])
         self._offset = np.array([joint.offset if joint else 0.0 for joint in joints])

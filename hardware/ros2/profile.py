@@ -35,7 +35,7 @@ class Model(Config):
 
 
 class Joints(Config):
-    """A coordinate out of joint states: ``offset + scale * (sum of the joints)``.
+    """A coordinate out of joint states: ``offset + scale * (sum of the joints)``. A joint's name alone is short for that joint.
 
     Two fingers that open by half the width each are ``names: [left, right]``; a percentage is a ``scale``.
     """
@@ -43,6 +43,14 @@ class Joints(Config):
     names: tuple[str, ...] = pydantic.Field(min_length=1)
     scale: float = 1.0
     offset: float = 0.0
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"names": (value,)}
+        listed = isinstance(value, dict) and isinstance(value.get("names"), list)
+        return {**value, "names": tuple(value["names"])} if listed else value
 
     @pydantic.model_validator(mode="after")
     def _turns(self) -> Self:
@@ -63,12 +71,7 @@ class StateSource(Config):
 
     type: Literal["joints", "pose", "fk"] = "joints"
     topic: str = "joint_states"
-    joints: dict[str, str | Joints] = {}
-
-    def joint(self, coordinate: str) -> Joints:
-        """How a coordinate is made of joints."""
-        value = self.joints[coordinate]
-        return Joints(names=(value,)) if isinstance(value, str) else value
+    joints: dict[str, Joints] = {}
 
 
 class Command(Config):
@@ -223,7 +226,7 @@ class RosProfile(Config):
     @property
     def joint_names(self) -> tuple[str, ...]:
         """Of every joint that joint states must hold."""
-        return tuple(name for coordinate in self.state.joints for name in self.state.joint(coordinate).names)
+        return tuple(name for coordinate in self.state.joints for name in self.state.joints[coordinate].names)
 
     @property
     def home_positions(self) -> np.ndarray | None:
@@ -247,7 +250,7 @@ class RosProfile(Config):
         apart = self.gripper is not None and self.gripper.state_topic is not None
         if self.state.type == "pose" and self.state.joints and not apart:
             raise ValueError("a pose holds no joints; give gripper.state_topic, where those of state.joints come")
-        if self.command.type == "trajectory" and any(len(self.state.joint(name).names) > 1 for name in self.command.joints):
+        if self.command.type == "trajectory" and any(len(self.state.joints[name].names) > 1 for name in self.command.joints):
             raise ValueError("a trajectory's coordinates must be one joint each")
         if self.home is not None and sorted(self.home) != sorted(names):
             raise ValueError(f"home gives {', '.join(self.home)}; the limits are for {', '.join(names)}")
@@ -262,13 +265,30 @@ def profile_names() -> list[str]:
 
 
 def load_profile(source: str | Path, **changes: Any) -> RosProfile:
-    """A profile by name, or in a YAML file; ``changes`` replace top-level keys, as ``rate=250.0``. Raises ConfigError."""
+    """A profile by name, or in a YAML file; ``changes`` replace top-level keys, as ``rate=250.0``.
+
+    A file with ``base: NAME`` says only what differs from that profile: its mappings are merged, everything else is replaced.
+
+    Raises:
+        ConfigError: There is none, or it does not fit together.
+    """
+    return parse(RosProfile, {**_read(source), **changes}, where=f"profile '{source}'")
+
+
+def _read(source: str | Path, inside: Path | None = None) -> dict[str, Any]:
     text = str(source)
-    path = Path(source) if "/" in text or text.endswith((".yaml", ".yml")) else PROFILES / f"{text}.yaml"
-    if path.parent == PROFILES and not path.is_file():
+    file = "/" in text or text.endswith((".yaml", ".yml"))
+    path = (inside or Path()) / source if file else PROFILES / f"{text}.yaml"
+    if not file and not path.is_file():
         raise ConfigError(f"no profile '{text}': {nearest(text, profile_names())} Or give a file, ./mine.yaml")
-    value = {**load_yaml(path), **changes}
+    value = load_yaml(path)
     limits = value.get("limits")
     if isinstance(limits, str) and limits.endswith((".yaml", ".yml")):  # a file beside the profile
         value["limits"] = str(path.parent / limits)
-    return parse(RosProfile, value, where=f"profile '{source}'")
+    base = value.pop("base", None)
+    return value if base is None else _merge(_read(base, path.parent), value)
+
+
+def _merge(base: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merge(base[k], v) for k, v in value.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **value, **both}

@@ -197,7 +197,7 @@ class RosRobot:
         apart = [gripper.coordinate] if gripper is not None and gripper.state_topic is not None else []
         together = [name for name in state.joints if name not in apart]
         self._gripper_columns = [names.index(name) for name in apart]
-        separate = JointReader({name: state.joint(name) for name in apart}) if apart else None
+        separate = JointReader({name: state.joints[name] for name in apart}) if apart else None
         if state.type == "pose":
             self._arm_columns = [names.index(name) for name in POSE]
             return read_pose, separate
@@ -210,7 +210,7 @@ class RosRobot:
         else:
             together = [name for name in names if name not in apart]
             self._arm_columns = [names.index(name) for name in together]
-        return JointReader({name: state.joint(name) for name in together}), separate
+        return JointReader({name: state.joints[name] for name in together}), separate
 
     def _arm_positions(self, latest: Latest[Any]) -> np.ndarray:
         if self.profile.state.type == "joints":
