@@ -1,0 +1,208 @@
+"""RosRobot against a driver in the same process, over real DDS; and a policy evaluated on it and on the simulated arm."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from ros import Sandbox
+
+from hardware.ros2 import messages
+from hardware.ros2.contract import LATCHED, SENSOR, STATE_OUT, message_type, robot_topics
+from hardware.ros2.profile import RosProfile, load_profile
+from hardware.ros2.robot import RosRobot
+from hardware.ros2.runtime import Ros, RosClock, RosError
+from robopolicy.deploy.clock import FakeClock
+from sim.arm.robot import SimArm
+
+PROFILE = load_profile("virtual")
+ORDER = [8, 3, 1, 2, 0, 6, 5, 4, 7]  # a driver's own
+CUBE = np.array([0.5, 0.1, 0.02, 0.0, 0.0, 0.6, 0.8])
+
+
+class Driver:
+    """The least that a driver does: joint states and a pose at 100 Hz, commands kept, resets counted."""
+
+    def __init__(self, ros: Ros, profile: RosProfile = PROFILE, reset: bool = True) -> None:
+        assert profile.home_positions is not None
+        self.clock, self.profile = RosClock(), profile
+        self.joints = np.append(profile.home_positions[:7], [0.03, 0.04])
+        self.speeds = np.arange(9.0)
+        self.names = list(profile.joint_names)
+        self.silent, self.refuses = False, ""
+        self.commands: list[np.ndarray] = []
+        self.widths: list[float] = []
+        self.seeds: list[int] = []
+        self.node = ros.node("driver")
+        for topic in robot_topics(profile, ["cube"]):
+            kind = message_type(topic.type)
+            if topic.key == "command":
+                self.node.create_subscription(kind, topic.name, lambda m: self.commands.append(np.array(m.data)), 10)
+            elif topic.key == "gripper":
+                self.node.create_subscription(kind, topic.name, lambda m: self.widths.append(m.data), 10)
+        state, pose, flag = "sensor_msgs/msg/JointState", "geometry_msgs/msg/PoseStamped", "std_msgs/msg/Bool"
+        self.state = self.node.create_publisher(message_type(state), profile.state.topic, STATE_OUT.to_ros())
+        self.pose = self.node.create_publisher(message_type(pose), "objects/cube/pose", SENSOR.to_ros())
+        self.success = self.node.create_publisher(message_type(flag), "virtual_arm/success", LATCHED.to_ros())
+        self.node.create_timer(0.01, self.publish)
+        if reset:
+            arm = ros.node("virtual_arm")
+            arm.declare_parameter("seed", 0)
+            arm.create_service(message_type("std_srvs/srv/Trigger"), "virtual_arm/reset", self.reset)
+            self.arm = arm
+
+    def publish(self) -> None:
+        if self.silent:
+            return
+        stamp = self.clock.stamp()
+        names = [self.names[i] for i in ORDER]
+        self.state.publish(messages.joint_state(names, self.joints[ORDER], self.speeds[ORDER], stamp))
+        self.pose.publish(messages.pose(CUBE[:3], CUBE[3:], stamp, "world"))
+
+    def tell(self, success: bool) -> None:
+        self.success.publish(message_type("std_msgs/msg/Bool")(data=success))
+
+    def reset(self, request: Any, response: Any) -> Any:
+        self.seeds.append(self.arm.get_parameter("seed").value)
+        response.success, response.message = not self.refuses, self.refuses
+        if response.success:
+            self.joints[0] = 0.1
+            self.tell(False)
+        return response
+
+
+@pytest.fixture
+def both(ros: Sandbox) -> Iterator[tuple[Driver, RosRobot]]:
+    with Ros(signals=False) as own:
+        driver = Driver(own)
+        robot = RosRobot(PROFILE, own.node("robot"), RosClock())
+        own.spin_in_thread()
+        robot.ready()
+        yield driver, robot
+        robot.close()
+
+
+def until(condition: Any, what: str, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
+
+
+def test_it_sees_what_the_simulated_arm_sees(both: tuple[Driver, RosRobot]) -> None:
+    """Same features, same values, whoever carries the messages; joints by name, two fingers as one width."""
+    driver, robot = both
+    state = robot.state()
+    np.testing.assert_allclose(state.positions, [*driver.joints[:7], 0.07])
+    assert state.stamp.made is not None
+    assert 0 <= robot.clock.now() - state.stamp.made < 5.0
+    sample = robot.observe()
+    assert sample.stamps.keys() == {"cube"}  # the cameras of the profile are not subscribed to: nothing reads them
+    assert sample.time <= min(state.stamp.made + 1.0, robot.clock.now())
+    arm = SimArm("lift", FakeClock())
+    assert robot.observation_features == arm.observation_features
+    assert robot.action_feature == arm.action_feature
+    np.testing.assert_allclose(sample.values["cube_pos"], CUBE[:3], atol=1e-6)
+    np.testing.assert_allclose(sample.values["gripper_width"], [0.07], atol=1e-6)
+    np.testing.assert_allclose(sample.values["qvel"], np.arange(7.0))
+    arm.close()
+
+
+def test_commands_reach_the_controller_in_its_order_and_the_gripper_on_its_own(both: tuple[Driver, RosRobot]) -> None:
+    driver, robot = both
+    target = np.arange(8.0) / 100
+    for width in (0.05, 0.05, 0.0501, 0.02):
+        target[7] = width
+        robot.command(target)
+        time.sleep(0.02)
+    until(lambda: len(driver.commands) == 4 and len(driver.widths) == 2, f"{len(driver.commands)} commands, {driver.widths}")
+    np.testing.assert_allclose(driver.commands[-1], target[:7])
+    assert driver.widths == [0.05, 0.02]
+    assert robot.problems() == robot.rivals() == []
+    other = driver.node.create_publisher(message_type("std_msgs/msg/Float64MultiArray"), PROFILE.command.topic, 1)
+    until(lambda: robot.rivals(), "a second master on the command topic was not noticed")
+    assert "2 nodes publish on '/forward_position_controller/commands'" in robot.rivals()[0]
+    driver.node.destroy_publisher(other)
+
+
+def test_what_cannot_be_trusted_makes_the_state_old_and_it_comes_back(both: tuple[Driver, RosRobot]) -> None:
+    driver, robot = both
+    slot, limit = robot.slots["state"], robot.limits.freshness.state
+
+    def old() -> bool:
+        return slot.age(robot.clock.now()) > limit
+
+    until(lambda: not old(), "fresh at first")
+    for spoil, mend, kind in [
+        (lambda: driver.names.__setitem__(2, "elbow"), lambda: driver.names.__setitem__(2, "joint3"), "names"),
+        (lambda: driver.joints.__setitem__(2, np.nan), lambda: driver.joints.__setitem__(2, 0.0), "not_finite"),
+        (lambda: setattr(driver, "silent", True), lambda: setattr(driver, "silent", False), None),
+    ]:
+        spoil()
+        until(old, f"{kind}: what came was taken for good")
+        assert kind is None or slot.rejected[kind] > 0
+        assert np.isfinite(robot.state().positions).all()
+        mend()
+        until(lambda: not old(), f"{kind}: it did not recover")
+
+
+def test_an_episode_begins_by_the_simulators_service(both: tuple[Driver, RosRobot]) -> None:
+    driver, robot = both
+    driver.tell(True)
+    until(lambda: robot.success, "success was not heard")
+    robot.reset(200_123)
+    assert driver.seeds == [200_123]
+    assert robot.success is False
+    assert robot.state().positions[0] == 0.1  # measured after the reset, not before
+    driver.refuses = "no episode 200123"
+    with pytest.raises(RosError, match="refused: no episode 200123"):
+        robot.reset(1)
+    driver.arm.destroy_node()
+
+
+def test_what_is_missing_is_named_with_its_mend(ros: Sandbox) -> None:
+    with Ros(signals=False) as own:
+        node = own.node("robot")
+        robot = RosRobot(PROFILE, node, RosClock())
+        own.spin_in_thread()
+        assert np.isnan(robot.state().positions).all()
+        assert robot.state().stamp.came == -np.inf
+        with pytest.raises(RosError, match=r"'/joint_states'; nobody publishes it: start the driver.*and 3 more"):
+            robot.ready(timeout=0.1)
+        with pytest.raises(RosError, match="nothing has come for input 'cube'"):
+            robot.observe()
+        with Ros(signals=False) as other:  # a context has one type for a topic
+            other.node("liar").create_publisher(message_type("std_msgs/msg/String"), "objects/cube/pose", 1)
+            until(lambda: any("carries std_msgs/msg/String" in line for line in robot.problems()), "a wrong type was not noticed")
+        driver = Driver(own, reset=False)
+        driver.names[0] = "shoulder"
+        until(lambda: any("names: joint1 missing" in line for line in robot.problems()), "wrong names were not noticed")
+        driver.names[0] = "joint1"
+        robot.ready()
+        robot.close()
+        silent = RosRobot(PROFILE, node, RosClock(), enabled=False)  # shadow mode: not even a publisher
+        until(lambda: not silent.problems(), "only the driver is needed")
+        assert node.count_publishers(PROFILE.command.topic) == 0
+        silent.command(np.zeros(8))
+        silent.stop()
+        silent.close()
+
+
+def test_a_service_that_does_not_answer_is_an_error_in_time(ros: Sandbox) -> None:
+    from hardware.ros2.services import TRIGGER, call
+
+    with Ros(signals=False) as own:
+        node, asleep = own.node("caller"), threading.Event()
+        own.spin_in_thread()
+        with pytest.raises(RosError, match="nobody offers the service 'nowhere'"):
+            call(node, "nowhere", TRIGGER, timeout=0.2)
+        with Ros(signals=False) as other:
+            other.node("server").create_service(
+                message_type(TRIGGER), "slow", lambda _, answer: (asleep.wait(5) and answer) or answer
+            )
+            other.spin_in_thread()
+            with pytest.raises(RosError, match=r"'slow' did not answer within 0\.5 s"):
+                call(node, "slow", TRIGGER, timeout=0.5)
+            asleep.set()
