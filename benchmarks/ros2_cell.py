@@ -72,7 +72,7 @@ class Cell:
             self.node = self._ros.node("benchmark")
             self.node.create_subscription(message_type("std_msgs/msg/String"), f"{POLICY}/state", self._hear, LATCHED.to_ros())
             self._ros.spin_in_thread()
-            self.trigger(ARM, "record", 60.0)
+            self.until(self._there, 60.0)
             self.change("configure")
             self.change("activate")
         except BaseException:
@@ -101,10 +101,19 @@ class Cell:
 
     def trigger(self, node: str, service: str, timeout: float = 20.0) -> str:
         """Call a Trigger. Raises RosError when it is refused, and says which process has died if one has."""
+        self._alive()
+        return str(call(self.node, f"{node}/{service}", TRIGGER, timeout=timeout).message)
+
+    def _there(self) -> bool:
+        """Both processes live and offer what is called first."""
+        offered = {name for name, _ in self.node.get_service_names_and_types()}
+        return self._alive() and {f"/{ARM}/record", f"/{POLICY}/change_state"} <= offered
+
+    def _alive(self) -> bool:
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise RosError(f"{name} has ended with code {process.returncode}; see {self._logs / name}.log")
-        return str(call(self.node, f"{node}/{service}", TRIGGER, timeout=timeout).message)
+        return True
 
     def change(self, transition: str) -> None:
         """A lifecycle transition of the policy node. Raises RosError with what the node says."""

@@ -130,4 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RobopolicyError as error:
+        sys.exit(f"ros2_episodes: {error}")

@@ -1,0 +1,196 @@
+"""Fault campaign: a policy moves the virtual arm over DDS, an input goes wrong, and the simulator says what the arm did.
+
+For every fault and seed: the episode of the seed begins; at a moment drawn from the seed, while the arm moves, the fault sets in
+and stays; after 1.5 s it goes. Measured in the simulator, not in the node: the time from the fault until targets stop changing,
+and until no joint moves; the worst position, velocity, acceleration, jerk and height, of joints and of commands. From the node:
+its mode and the cause it states; whether it goes on by itself when the fault goes, or when it is started again.
+
+Every cell is written when it ends; run again, it goes on where it was. Cameras need a policy that sees ``image``.
+
+    python -m benchmarks.ros2_faults outputs/quickstart --seeds 20 --out outputs/ros2_faults
+    python -m benchmarks.ros2_faults outputs/quickstart --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ros2_cell import POLICY, Cell
+from robopolicy.errors import RobopolicyError
+from robopolicy.evaluate.run import SEEDS
+from robopolicy.evaluate.stats import success_interval
+from robopolicy.provenance import provenance
+
+# Fault -> its settings. What is meant to be borne is borne (few, short, doubled, out of order); the rest must hold the arm.
+FAULTS: dict[str, Mapping[str, float | bool]] = {
+    "none": {},
+    "drop all": {"drop": 1.0},
+    "drop half": {"drop": 0.5},
+    "delay 0.05 s": {"delay": 0.05},
+    "delay 0.5 s": {"delay": 0.5},
+    "duplicate all": {"duplicate": 1.0},
+    "reorder half": {"reorder": 0.5},
+    "NaN in all": {"nan": 1.0},
+    "NaN in a fifth": {"nan": 0.2},
+    "frozen": {"freeze": True},
+    "stuck": {"stuck": True},
+    "wrong names": {"wrong_names": 1.0},
+    "wrong length": {"wrong_length": 1.0},
+    "clock -0.5 s": {"clock_jump": -0.5},
+    "clock +0.5 s": {"clock_jump": 0.5},
+    "clock -1 h": {"clock_jump": -3600.0},
+}
+QUICK = ("none", "drop all", "NaN in all", "duplicate all")
+WATCH = 1.5  # with the fault [s]
+_RECOVER = 2.0  # after it [s]
+_MOVING = 0.1  # the arm moved so shortly before the fault [s]
+_TRIES = 5
+# Beyond these something is wrong, whatever the fault: joint ranges [rad], workspace and table [m], shares of rated limits.
+BOUNDS = {"position": 0.0, "workspace": 0.01, "table": 0.0, "velocity": 1.0, "command_velocity": 1.0, "command_acceleration": 1.0,
+          "command_jerk": 1.0}  # fmt: skip
+
+
+def run_cell(cell: Cell, stream: str, fault: str, seed: int) -> dict[str, Any]:
+    """One fault in one episode."""
+    rng = np.random.default_rng(seed)
+    for _ in range(_TRIES):
+        cell.begin(seed)
+        cell.until(lambda: cell.mode == "running", 5.0)
+        time.sleep(float(rng.uniform(0.3, 1.0)))
+        before = cell.record()
+        set_at = time.monotonic()
+        cell.faults(stream, FAULTS[fault])
+        moved = before["moved_at"]
+        if cell.mode == "running" and moved is not None and before["time"] - moved < _MOVING:
+            break
+    else:
+        raise RobopolicyError(f"seed {seed}: the arm did not move in {_TRIES} tries; is the policy alive? See the logs")
+    time.sleep(WATCH)
+    record = cell.record()
+    begun = record["faults_set_at"] if FAULTS[fault] else set_at
+    during = [said for said in cell.said if said.time >= set_at]
+    stopped = next((said for said in during if said.mode in ("holding", "stopped", "estopped")), None)
+    mode, success = cell.mode, record["success"]
+    row: dict[str, Any] = {"stream": stream, "fault": fault, "seed": seed, "load": round(os.getloadavg()[0], 2), "mode": mode}
+    row["cause"] = next((said.cause for said in reversed(during) if said.cause), "") if stopped else ""
+    row["to_hold"] = max(0.0, record["commanded_at"] - begun) if stopped and mode != "running" else None
+    row["to_still"] = max(0.0, record["moved_at"] - begun) if stopped and mode != "running" else None
+    row["holds"] = sum(said.mode == "holding" for said in during)
+    cell.trigger("virtual_arm", "clear_faults")
+    row["after"] = _recovery(cell, mode, success)
+    record = cell.record()
+    row |= {"success": record["success"], "reflexes": record["reflexes"], "real_time_factor": record["real_time_factor"]}
+    row["put_in"] = record["faults"][stream]
+    return row | {"worst": {key: value["worst"] for key, value in record.items() if isinstance(value, dict) and "worst" in value}}
+
+
+def _recovery(cell: Cell, mode: str, success: bool) -> str:
+    """What happens when the fault is gone."""
+    if mode == "running":
+        return "ran on"
+    if cell.until(lambda: cell.mode == "running", _RECOVER):
+        return "by itself"
+    try:
+        cell.trigger(POLICY, "start")
+    except RobopolicyError as error:
+        return f"start refused: {error}".replace("the service 'robopolicy_policy/start' refused: ", "")
+    return "by start" if cell.until(lambda: cell.mode == "running", _RECOVER) else f"start, then {cell.mode}"
+
+
+def violations(row: Mapping[str, Any]) -> list[str]:
+    """What was beyond its bound in one cell."""
+    found = [key for key, bound in BOUNDS.items() if row["worst"].get(key, -1.0) > bound]
+    return found + ["reflex"] * (row["reflexes"] > 0)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: one line for each fault."""
+
+    def spread(values: list[float]) -> str:
+        return f"{np.median(values):.2f} / {max(values):.2f}" if values else ""
+
+    loads, factors = [row["load"] for row in rows], [row["real_time_factor"] for row in rows]
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [
+        f"{len(rows)} cells, seeds {seeds[0]} to {seeds[-1]}; load {min(loads)} to {max(loads)}, "
+        f"real-time factor {min(factors):.3f} to {max(factors):.3f}. Times in s, median / worst, measured in the simulator.",
+        "",
+        "| stream | fault | n | held | until commands stand | until joints stand | stated cause | afterwards | beyond limits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stream, fault in dict.fromkeys((row["stream"], row["fault"]) for row in rows):
+        cells = [row for row in rows if (row["stream"], row["fault"]) == (stream, fault)]
+        held = [row for row in cells if row["to_hold"] is not None]
+        causes = ", ".join(sorted({" ".join(row["cause"].split(":")[0].split()[:2]) for row in held}))
+        after = ", ".join(
+            f"{name} {sum(row['after'] == name for row in cells)}" for name in sorted({row["after"] for row in cells})
+        )
+        bad = sorted({name for row in cells for name in violations(row)})
+        lines.append(
+            f"| {stream} | {fault} | {len(cells)} | {len(held)} | {spread([row['to_hold'] for row in held])} | "
+            f"{spread([row['to_still'] for row in held])} | {causes} | {after} | {', '.join(bad) or 'none'} |"
+        )
+    broken = sum(bool(violations(row)) for row in rows)
+    worst = {key: max(row["worst"].get(key, -np.inf) for row in rows) for key in (*BOUNDS, "acceleration", "jerk")}
+    lines += [
+        "",
+        f"Cells with anything beyond its bound: {broken} of {len(rows)}, {success_interval(broken, len(rows))}.",
+        "Worst of all: " + ", ".join(f"{key} {value:.3f}" for key, value in worst.items()) + ".",
+        "Joint ranges in rad, workspace and table in m (negative: room left), the rest shares of the rated limits; acceleration "
+        "and jerk without `command` are of the simulated joints, over 20 ms, contact and late commands included.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--task", default="lift")
+    parser.add_argument("--seeds", type=int, default=20, help="how many")
+    parser.add_argument("--first", type=int, default=SEEDS["validation"], help="seed")
+    parser.add_argument("--streams", nargs="+", default=["state", "poses"], choices=["state", "poses", "camera"])
+    parser.add_argument(
+        "--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS)
+    )
+    parser.add_argument("--domain", type=int, default=13, help="ROS domain that nobody else uses")
+    parser.add_argument("--policy", action="append", default=[], metavar="NAME=VALUE", help="parameter of the policy node")
+    parser.add_argument("--arm", action="append", default=[], metavar="NAME=VALUE", help="parameter of the virtual arm")
+    parser.add_argument("--out", type=Path, default=Path("outputs/ros2_faults"))
+    parser.add_argument("--quick", action="store_true", help="one seed, four faults of joint states, as CI runs it")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.seeds, args.streams, args.faults = 1, ["state"], list(QUICK)
+    path = args.out / "faults.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    done = {(row["stream"], row["fault"], row["seed"]) for row in rows}
+    cells = [(s, f, args.first + k) for k in range(args.seeds) for s in args.streams for f in args.faults]
+    if missing := [key for key in cells if key not in done]:
+        arm = {"task": args.task, "cameras": "camera" in args.streams} | dict(setting.split("=", 1) for setting in args.arm)
+        policy = dict(setting.split("=", 1) for setting in args.policy)
+        with Cell(args.checkpoint, args.domain, args.out, arm, policy) as cell:
+            for stream, fault, seed in missing:
+                rows.append(row := run_cell(cell, stream, fault, seed))
+                held = "" if row["to_hold"] is None else f"held after {row['to_hold']:.2f} s ({row['cause']}), "
+                print(f"{stream}, {fault}, {seed}: {held}{row['after']}  {' '.join(violations(row))}", flush=True)
+                settings = {key: str(value) for key, value in vars(args).items()}
+                path.write_text(json.dumps({"provenance": provenance(), "args": settings, "rows": rows}, indent=1))
+    text = table([row for row in rows if (row["stream"], row["fault"], row["seed"]) in set(cells)])
+    (args.out / "faults.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RobopolicyError as error:
+        sys.exit(f"ros2_faults: {error}")
