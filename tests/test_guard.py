@@ -1,5 +1,6 @@
 """The start guard: ranges from normalisers, refusals that name the entry, and none where nothing is known."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from robopolicy.config import parse
 from robopolicy.data.normalize import Mode, Normalizer
+from robopolicy.deploy.export import export
+from robopolicy.deploy.exported import ExportedPolicy
 from robopolicy.deploy.guard import Range, StartGuard, trained_ranges
 from robopolicy.features import Feature
 from robopolicy.policy import Policy, PolicyConfig
@@ -79,6 +82,14 @@ def test_a_joint_that_never_moved_may_be_a_unit_away_but_not_farther() -> None:
     guard = StartGuard.of(policy(data=np.array([[0.0, 2.0], [1.0, 2.0]])), margin=0.0)
     assert guard(observation((0.5, 2.9))) == ()
     assert [r.what for r in guard(observation((0.5, 3.1)))] == ["joints elbow"]
+
+
+def test_an_export_refuses_as_its_checkpoint_does(tmp_path: Path) -> None:
+    made = policy()
+    exported = export(made.eval(), tmp_path / "export", "torchscript")
+    for values in (observation(), observation((1.0, 9.0), place=7.0)):
+        assert StartGuard.of(exported)(values) == StartGuard.of(made)(values)
+    assert StartGuard.of(ExportedPolicy(tmp_path / "export")).judges == ("joints", "place")
 
 
 def test_ranges_are_enough() -> None:

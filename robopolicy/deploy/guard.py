@@ -64,7 +64,7 @@ class StartGuard:
 
     @classmethod
     def of(cls, policy: Policy | ExportedPolicy, margin: float = 0.5) -> Self:
-        """The guard of a policy, or of an export of one. An export of an older version has no ranges: nothing is refused."""
+        """The guard of a policy, or of an export of one."""
         manifest = getattr(policy, "manifest", None)
         ranges = trained_ranges(policy) if manifest is None else manifest.trained  # type: ignore[arg-type]
         return cls(ranges, policy.observation_features, margin)

@@ -17,7 +17,7 @@ from robopolicy.config import Config, parse
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.features import Feature
 
-FORMAT = 2  # 2: with the poses in the action
+FORMAT = 2  # 2: with the poses in the action, and the ranges of observations
 FILE = "manifest.json"
 
 Backend = Literal["onnx", "openvino", "torchscript"]
@@ -90,7 +90,7 @@ class Manifest(Config):
     steps: tuple[Step, ...] = pydantic.Field(min_length=1)
     graphs: dict[str, Graph]
     opset: int | None
-    trained: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}  # lower and upper ends of observations, for StartGuard
+    trained: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]  # lower and upper ends of observations, for StartGuard
     parity: dict[str, float]  # largest deviations from torch, seen when it was made
     checkpoint: dict[str, Any]  # path, digest and provenance of what was exported
     provenance: dict[str, Any]
