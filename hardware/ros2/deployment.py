@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,7 +123,7 @@ class Deployment:
         return fault
 
     def activate(self, estopped: str = "", watch: Callable[[Period], None] | None = None) -> Arbiter:
-        """Begin control. Nothing is sent before somebody asks the arbiter to start.
+        """Begin control, and wait until it runs. Nothing is sent before somebody asks the arbiter to start.
 
         Args:
             estopped: Why the emergency stop is latched; empty: it is not.
@@ -137,6 +138,9 @@ class Deployment:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.arbiter.run, args=(self._stop,), name="control", daemon=True)
         self._thread.start()
+        end = time.monotonic() + _END
+        while not self.arbiter.log.count and time.monotonic() < end:  # what exists is put out of reach of garbage collection
+            time.sleep(0.01)
         return self.arbiter
 
     def deactivate(self) -> None:

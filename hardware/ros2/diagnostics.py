@@ -178,7 +178,7 @@ class Reporter:
                 self._logged[kind] = now, count
 
     def _tell(self, lifecycle: str, refused: str, estopped: str, status: Status | None, facts: Mapping[str, str]) -> None:
-        mode, source, cause = ("inactive", "", estopped) if status is None else (status.mode, status.source, status.cause)
+        mode, source, cause = ("off", "", estopped) if status is None else (status.mode, status.source, status.cause)
         said = {"lifecycle": lifecycle, "mode": mode, "source": source, "cause": cause, "refused": refused, **facts}
         if said == self._said:
             return

@@ -17,7 +17,9 @@ from hardware.ros2.contract import DEADMAN, ESTOP, LATCHED, SENSOR, SIGNAL
 
 if TYPE_CHECKING:
     from hardware.ros2.policy_node import PolicyNode
+    from hardware.ros2.robot import RosRobot
 
+_BUSY = 0.3  # [s] that ~/start gives inputs to become fresh
 _PLANS = 1.0  # [s] that ~/start waits for the first plan; then it says that it is awaited
 
 
@@ -57,18 +59,25 @@ class Requests:
             return False, f"estopped ({self.estopped}): reset first, then start"
         if problems := [*robot.problems(), *robot.rivals()]:
             return False, problems[0]
+        self._catch_up(robot, deployment.limits.freshness.state)
         ok, message = deployment.arbiter.request(name).wait()
         end = time.monotonic() + _PLANS
         while ok:
             status = deployment.arbiter.status
             if status.mode not in ("starting", "running"):
-                return False, status.cause or f"the arm is {status.mode}"
+                return False, status.cause.removeprefix("refused: ") or f"the arm is {status.mode}"
             if status.mode == "running":
                 break
             if time.monotonic() > end:
                 return True, f"{message}; the first plan is awaited"
             time.sleep(0.01)
-        return ok, message
+        return ok, message.removeprefix("refused: ")
+
+    def _catch_up(self, robot: RosRobot, fresh: float) -> None:
+        """Messages have waited while this process was busy with loading, or with collecting garbage."""
+        end = time.monotonic() + _BUSY
+        while time.monotonic() < end and any(slot.age(robot.clock.now()) > fresh for slot in robot.slots.values()):
+            time.sleep(0.01)
 
     def _on_start(self, name: str, request: Any, response: Any) -> Any:
         return self._answer(response, name, *self.start(name))

@@ -1,0 +1,162 @@
+"""A policy node in this process, and a driver that does what tests tell it: both over real ROS."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from geometry_msgs.msg import PoseStamped
+from ros import Sandbox
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Float64, Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+
+from hardware.ros2.contract import COMMAND, LATCHED, STATE_OUT
+from hardware.ros2.policy_node import NAME, PolicyNode
+from hardware.ros2.profile import load_profile
+from hardware.ros2.runtime import Ros, RosClock
+from robopolicy.config import parse
+from robopolicy.data.normalize import Normalizer
+from robopolicy.deploy.clock import SystemClock, Ticker
+from robopolicy.policy import Policy, PolicyConfig
+from sim.arm.robot import SimArm
+
+PROFILE = load_profile("virtual")
+HOME = PROFILE.home_positions
+assert HOME is not None
+JOINTS = PROFILE.command.joints
+CUBE = (0.45, 0.05, 0.02)
+
+
+def save_policy(folder: Path, ahead: tuple[float, ...] = (0.5, 0.0, 0.15, 0.0, 0.06), **provenance: Any) -> Policy:
+    """A policy of the task lift that was never trained: it goes ``ahead``, wherever it is; home is familiar to it."""
+    arm = SimArm("lift", SystemClock())
+    arm.reset(0)
+    values = arm.observe().values
+    value = {"horizon": 16, "n_action_steps": 4, "net": {"type": "mlp", "width": 16, "depth": 1}}
+    config = parse(PolicyConfig, {**value, "sampler": {"type": "euler", "num_steps": 1}})
+    spread = np.random.default_rng(0).uniform(-1.0, 1.0, (200, 1))
+    normalizers = {name: Normalizer.fit(values[name] + spread) for name in arm.observation_features}
+    normalizers["action"] = Normalizer.fit(np.array(ahead) + 1e-3 * spread)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(config, arm.observation_features, arm.action_feature, normalizers)
+    policy.save(folder, {"task": {"name": "lift", "args": {}}, **provenance})
+    return policy.eval()
+
+
+class Driver:
+    """Joint states in an order of its own, a cube, and position controllers that are where they were told to be at once.
+
+    Attributes:
+        positions: Of the coordinates ``[8]``.
+        names: Published, in this order.
+        commands: What came, with its time of arrival.
+        alive: Whether states are published.
+    """
+
+    def __init__(self, namespace: str = "") -> None:
+        self.ros = Ros(signals=False).__enter__()
+        node = self.ros.node("driver", namespace=namespace)
+        self.positions = HOME.copy()
+        self.names = ["right_finger", "joint7", "joint2", "left_finger", *JOINTS[2:6], "joint1"]
+        self.commands: list[tuple[float, np.ndarray]] = []
+        self.alive = True
+        self._state = node.create_publisher(JointState, "joint_states", STATE_OUT.to_ros())
+        self._cube = node.create_publisher(PoseStamped, "objects/cube/pose", STATE_OUT.to_ros())
+        node.create_subscription(Float64MultiArray, PROFILE.command.topic, self._take, COMMAND.to_ros())
+        node.create_subscription(Float64, "gripper/command", self._grip, COMMAND.to_ros())
+        self.ros.spin_in_thread()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.ros.stop()
+        self._thread.join()
+        self.ros.close()
+
+    def put(self, **coordinates: float) -> None:
+        """The arm at home, and these elsewhere."""
+        self.positions = HOME.copy()
+        for name, value in coordinates.items():
+            self.positions[PROFILE.names.index(name)] = value
+
+    def _run(self) -> None:
+        clock, ticker = RosClock(), Ticker(SystemClock(), 0.01)
+        while not self.ros.stopping.is_set():
+            ticker.wait()
+            if not self.alive:
+                continue
+            known = dict(zip(PROFILE.names, self.positions.tolist(), strict=True))
+            known["left_finger"] = known["right_finger"] = known["gripper_width"] / 2
+            message = JointState(name=self.names, position=[known.get(name, 0.0) for name in self.names])
+            message.velocity = [0.0] * len(self.names)  # tests move it by hand
+            message.header.stamp = clock.stamp()
+            self._state.publish(message)
+            cube = PoseStamped()
+            cube.header.stamp, cube.header.frame_id = message.header.stamp, "world"
+            cube.pose.position.x, cube.pose.position.y, cube.pose.position.z = CUBE
+            cube.pose.orientation.w = 1.0
+            self._cube.publish(cube)
+
+    def _take(self, message: Float64MultiArray) -> None:
+        joints = np.array(message.data)
+        self.commands.append((time.monotonic(), joints))
+        self.positions = np.append(joints, self.positions[7])
+
+    def _grip(self, message: Float64) -> None:
+        self.positions = np.append(self.positions[:7], message.data)
+
+
+class Rig:
+    """The node, spun as its program does, but in threads."""
+
+    def __init__(self, ros: Sandbox, **settings: Any) -> None:
+        self.ros, self._stack = ros, ExitStack()
+        arguments = ["--ros-args"]
+        for key, value in settings.items():
+            arguments += ["-p", f"{key}:={json.dumps(value)}"]
+        self._main = self._stack.enter_context(Ros(arguments, signals=False))
+        self._messages = self._stack.enter_context(Ros(arguments, signals=False))
+        self.node: PolicyNode = self._main.node(NAME, PolicyNode, messages=self._messages)
+        self._messages.spin_in_thread()
+        self._main.spin_in_thread()
+        self.told: list[dict[str, str]] = []
+        ros.node.create_subscription(String, f"{NAME}/state", lambda m: self.told.append(json.loads(m.data)), LATCHED.to_ros())
+
+    def close(self) -> None:
+        self._main.stop()
+        assert self._main._thread is not None
+        self._main._thread.join()  # transitions belong to that thread
+        assert self._main.fault is None
+        self.node.shutdown()
+        self._stack.close()
+
+    def to(self, *transitions: str) -> bool:
+        """Lifecycle services: whether the last one worked."""
+        return [self.ros.change_state(NAME, transition) for transition in transitions][-1]
+
+    def call(self, name: str) -> tuple[bool, str]:
+        answer = self.ros.call(Trigger, f"{NAME}/{name}")
+        return answer.success, answer.message
+
+    def enable(self, on: bool) -> tuple[bool, str]:
+        answer = self.ros.call(SetBool, f"{NAME}/enable", SetBool.Request(data=on))
+        return answer.success, answer.message
+
+    def set(self, **values: Any) -> list[str]:
+        """Why they were refused; [] when they were taken."""
+        return self.ros.set(NAME, **values)
+
+    def until(self, condition: Callable[[dict[str, str]], bool], seconds: float = 20.0) -> dict[str, str]:
+        """The first of ~/state that is so."""
+        self.ros.until(lambda: self.told and condition(self.told[-1]), seconds, f"a state; the last was {self.told[-1:]}")
+        return self.told[-1]
+
+    def mode(self, mode: str) -> dict[str, str]:
+        return self.until(lambda told: told["mode"] == mode)
