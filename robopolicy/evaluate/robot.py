@@ -128,11 +128,13 @@ def evaluate_on_robot(
             raise EvaluationError(f"robot '{robot}' cannot say when an episode succeeded; its profile needs a 'success' topic")
         loop = _loop(policy, made, clock, generator, limits, planner, executor, replan, delay)
         try:
+            if not fake:  # warming inference up takes the machine for a second, and the robot's messages wait: not in an episode
+                loop.reset(seeds[0])
             for seed in tqdm(seeds, desc=f"evaluate {name}", unit="episode", disable=not progress):
                 generator.set_state(noise_generator(noise_seed, seed).get_state())
                 rollouts.append(_episode(loop, made, seed, seconds))
-                if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED):
-                    stops["unknown" if loop.safety.cause is None else loop.safety.cause.kind] += 1
+                if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED) and (cause := loop.safety.cause) is not None:
+                    stops[f"{cause.kind} {cause.what}".strip()] += 1
             report = loop.report()
         finally:
             loop.close()
