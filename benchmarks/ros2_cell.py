@@ -14,12 +14,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+import torch
+
 from hardware.ros2.contract import LATCHED, message_type
 from hardware.ros2.runtime import LOCALHOST, Ros, RosError
 from hardware.ros2.services import TRIGGER, call, set_parameter
+from robopolicy.config import parse
+from robopolicy.data.normalize import Normalizer
+from robopolicy.deploy.clock import SystemClock
+from robopolicy.policy import Policy, PolicyConfig
+from sim.arm.robot import SimArm
 
 ARM, POLICY = "virtual_arm", "robopolicy_policy"
 CHANGE_STATE = "lifecycle_msgs/srv/ChangeState"
+WANDERER_TASK = {"image_size": 48}
+_WANDERS = ([0.42, -0.08, 0.10, -0.2, 0.03], [0.52, 0.08, 0.22, 0.2, 0.07])  # between these [m, m, m, rad, m]
 _CONFIGURE = 180.0  # [s]: torch is imported, the policy warmed up
 _END = 15.0  # [s]: for a process to end after Ctrl-C
 
@@ -48,7 +58,7 @@ class Cell:
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str | Path,
         domain: int,
         logs: Path,
         arm: Mapping[str, Any] | None = None,
@@ -62,13 +72,12 @@ class Cell:
         os.environ.update(LOCALHOST | {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"})
         environment = os.environ | {"ROS_DOMAIN_ID": str(self._domain), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self._logs.mkdir(parents=True, exist_ok=True)
+        self._ros = Ros(signals=False, domain=self._domain).__enter__()
         self._processes = {
             name: _start(f"hardware.ros2.{module}", parameters, environment, self._logs / f"{name}.log")
             for name, module, parameters in ((ARM, "virtual_arm", self._arm), (POLICY, "policy_node", self._policy))
         }
-        self._ros = Ros(signals=False, domain=self._domain)
         try:
-            self._ros.__enter__()
             self.node = self._ros.node("benchmark")
             self.node.create_subscription(message_type("std_msgs/msg/String"), f"{POLICY}/state", self._hear, LATCHED.to_ros())
             self._ros.spin_in_thread()
@@ -159,6 +168,29 @@ class Cell:
                 return False
             time.sleep(0.02)
         return True
+
+
+def wanderer(folder: Path, image: bool) -> Path:
+    """A checkpoint of a policy of the task lift that was never trained: it moves the arm about, and has every input of the task.
+
+    Args:
+        folder: For it.
+        image: Whether it sees the camera, too.
+    """
+    arm = SimArm("lift", SystemClock(), **(WANDERER_TASK if image else {}))
+    arm.reset(0)
+    rng = np.random.default_rng(0)
+    values = {name: value for name, value in arm.observe().values.items() if value.dtype != np.uint8}
+    normalizers = {name: Normalizer.fit(value + rng.uniform(-1.0, 1.0, (500, value.size))) for name, value in values.items()}
+    normalizers["action"] = Normalizer.fit(rng.uniform(*_WANDERS, (500, 5)))
+    net = {"horizon": 16, "n_action_steps": 8, "net": {"type": "mlp", "width": 16, "depth": 1}}
+    config = parse(PolicyConfig, {**net, "sampler": {"type": "euler", "num_steps": 1}})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(config, arm.observation_features, arm.action_feature, normalizers)
+    policy.save(folder, {"task": {"name": "lift", "args": WANDERER_TASK if image else {}}})
+    arm.close()
+    return folder
 
 
 def _start(module: str, parameters: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -5,7 +5,7 @@ busy machine delays it: the load average and the real-time factor are printed. E
 it goes on where it was.
 
     python -m benchmarks.ros2_episodes outputs/quickstart --out outputs/ros2_episodes
-    python -m benchmarks.ros2_episodes outputs/quickstart --quick
+    python -m benchmarks.ros2_episodes --quick
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ros2_cell import Cell
+from benchmarks.ros2_cell import Cell, wanderer
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS, evaluate
 from robopolicy.evaluate.stats import mcnemar, success_difference, success_interval
@@ -96,7 +96,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?", help="default: a policy that was never trained, to see whether all this runs")
     parser.add_argument("--task", default="lift")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--first", type=int, default=SEEDS["test"], help="seed")
@@ -107,17 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     seeds = [args.first + k for k in range(2 if args.quick else args.episodes)]
     path = args.out / "episodes.json"
+    checkpoint = args.checkpoint or str(wanderer(args.out / "wanderer", image=False))
     found: dict[str, Any] = {"ros": {}, "plain": {}}
     if path.is_file():
         before = json.loads(path.read_text())
         found |= {key: {int(seed): row for seed, row in before[key].items()} for key in ("ros", "plain")}
     found |= {"seeds": seeds, "provenance": provenance(), "args": {key: str(value) for key, value in vars(args).items()}}
     if missing := [seed for seed in seeds if seed not in found["plain"]]:
-        found["plain"] |= {seed: {"success": success} for seed, success in plain(args.checkpoint, args.task, missing).items()}
+        found["plain"] |= {seed: {"success": success} for seed, success in plain(checkpoint, args.task, missing).items()}
     if missing := [seed for seed in seeds if seed not in found["ros"]]:
         arm = {"task": args.task, "cameras": False}
         policy = dict(setting.split("=", 1) for setting in args.policy)
-        with Cell(args.checkpoint, args.domain, args.out, arm, policy) as cell:
+        with Cell(checkpoint, args.domain, args.out, arm, policy) as cell:
             for seed in missing:
                 found["ros"][seed] = row = episode(cell, seed)
                 said = row.get("refused", row.get("stops"))

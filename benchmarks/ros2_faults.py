@@ -5,10 +5,12 @@ and stays; after 1.5 s it goes. Measured in the simulator, not in the node: the 
 and until no joint moves; the worst position, velocity, acceleration, jerk and height, of joints and of commands. From the node:
 its mode and the cause it states; whether it goes on by itself when the fault goes, or when it is started again.
 
-Every cell is written when it ends; run again, it goes on where it was. Cameras need a policy that sees ``image``.
+Every cell is written when it ends; run again, it goes on where it was. Cameras need a policy that sees ``image``; the one that is
+made here when none is given does.
 
     python -m benchmarks.ros2_faults outputs/quickstart --seeds 20 --out outputs/ros2_faults
-    python -m benchmarks.ros2_faults outputs/quickstart --quick
+    python -m benchmarks.ros2_faults --streams camera --seeds 20 --out outputs/ros2_faults_camera
+    python -m benchmarks.ros2_faults --quick
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ros2_cell import POLICY, Cell
+from benchmarks.ros2_cell import POLICY, WANDERER_TASK, Cell, wanderer
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.evaluate.stats import success_interval
@@ -153,7 +155,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?", help="default: a policy that was never trained and moves the arm about")
     parser.add_argument("--task", default="lift")
     parser.add_argument("--seeds", type=int, default=20, help="how many")
     parser.add_argument("--first", type=int, default=SEEDS["validation"], help="seed")
@@ -174,9 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {(row["stream"], row["fault"], row["seed"]) for row in rows}
     cells = [(s, f, args.first + k) for k in range(args.seeds) for s in args.streams for f in args.faults]
     if missing := [key for key in cells if key not in done]:
-        arm = {"task": args.task, "cameras": "camera" in args.streams} | dict(setting.split("=", 1) for setting in args.arm)
+        camera, size = "camera" in args.streams, WANDERER_TASK["image_size"]
+        checkpoint = args.checkpoint or wanderer(args.out / "wanderer", camera)
+        arm: dict[str, Any] = {"task": args.task, "cameras": camera}
+        arm |= {} if args.checkpoint else {"image_height": size, "image_width": size}
+        arm |= dict(setting.split("=", 1) for setting in args.arm)
         policy = dict(setting.split("=", 1) for setting in args.policy)
-        with Cell(args.checkpoint, args.domain, args.out, arm, policy) as cell:
+        with Cell(checkpoint, args.domain, args.out, arm, policy) as cell:
             for stream, fault, seed in missing:
                 rows.append(row := run_cell(cell, stream, fault, seed))
                 held = "" if row["to_hold"] is None else f"held after {row['to_hold']:.2f} s ({row['cause']}), "
