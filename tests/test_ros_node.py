@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,17 @@ def test_configure_without_a_driver_names_the_topic_and_the_mend(stand: Stand) -
     stand.rig.set(ready_timeout=5.0)
     assert stand.rig.to("configure")
     assert stand.rig.until(lambda told: told["lifecycle"] == "inactive")["refused"] == ""
+
+
+def test_configure_waits_for_nothing_once_the_program_is_to_end(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stand.rig.to("cleanup")
+    stand.driver.alive = False
+    stand.rig.set(ready_timeout=500.0)
+    ending = threading.Event()
+    monkeypatch.setattr(stand.rig.node, "_ending", ending)
+    threading.Timer(0.3, ending.set).start()
+    assert not stand.rig.to("configure")  # within less than the 30 s that this waits
+    stand.rig.set(ready_timeout=5.0)
 
 
 def test_configure_checks_the_names_of_joints(stand: Stand) -> None:
@@ -398,6 +410,13 @@ def test_in_shadow_mode_nothing_is_sent_and_everything_is_shown(stand: Stand) ->
     assert stand.sent() == []
     assert stand.rig.to("deactivate", "cleanup")
     assert stand.rig.set(mode="live") == []
+
+
+def test_what_the_policy_wanted_is_published_to_who_listens(running: Stand) -> None:
+    """A recorder stores both what was commanded and what was executed."""
+    wanted = running.ros.messages(JointState, f"{NAME}/commanded", 10)
+    assert wanted[0].name == list(PROFILE.names)
+    assert np.abs(np.array(wanted[-1].position[:7]) - running.sent()[-1]).max() > 1e-6
 
 
 def test_a_checkpoint_is_swapped_while_inactive_and_only_then(running: Stand) -> None:

@@ -13,11 +13,13 @@ docs/ros2.md has the tables of topics, services, parameters and states.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.exceptions import ParameterException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -38,6 +40,8 @@ from robopolicy.errors import ConfigError, RobopolicyError
 
 NAME = "robopolicy_policy"
 _TICK = 0.1  # [s] between diagnostics
+_POLL = 0.05  # [s] between looks at what is missing
+_NOT_READY = "the robot is not ready"
 _RETRY = 1.0  # [s] between attempts of autostart
 _AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
 _ANY_TIME = {"autostart", "ready_timeout"}
@@ -50,6 +54,7 @@ class PolicyNode(LifecycleNode):
     Args:
         name: Of the node.
         messages: Spins a second node, for the arm's topics, in a thread of its own.
+        ending: Set when the program is to end: nothing is waited for then.
         options: Of rclpy's node.
 
     Attributes:
@@ -60,13 +65,13 @@ class PolicyNode(LifecycleNode):
         over: The node was shut down; the program may end.
     """
 
-    def __init__(self, name: str, messages: Ros, **options: Any) -> None:
+    def __init__(self, name: str, messages: Ros, ending: threading.Event | None = None, **options: Any) -> None:
         super().__init__(name, **options)
         self.deployment: Deployment | None = None
         self.robot: RosRobot | None = None
         self.refused = ""
         self.over = False
-        self._time, self._messages = RosClock(), messages
+        self._time, self._messages, self._ending = RosClock(), messages, ending or threading.Event()
         self._configures = True  # autostart; it tries until it works, or never will
         self._starts: int | None = None  # autostart, unless somebody has stopped since
         self._next_try = 0.0
@@ -74,7 +79,10 @@ class PolicyNode(LifecycleNode):
         parameters.read(self)
         rename = ["--ros-args", "-r", f"__node:={self.get_name()}_io"]  # counts before a __node of the command line
         self.io = messages.node(f"{name}_io", namespace=self.get_namespace(), cli_args=rename)
-        self._shadow = self.io.create_publisher(JointState, f"{self.get_fully_qualified_name()}/shadow", SIGNAL.to_ros())
+        me = self.get_fully_qualified_name()
+        self._shadow = self.io.create_publisher(JointState, f"{me}/shadow", SIGNAL.to_ros())
+        self._commanded = self.io.create_publisher(JointState, f"{me}/commanded", SIGNAL.to_ros())
+        self._followed = False  # somebody listens to ~/commanded
         self.requests, self.reporter = Requests(self), Reporter(self, self._time)
         self.add_on_set_parameters_callback(self._on_parameters)
         self.create_timer(_TICK, self._tick)
@@ -137,18 +145,25 @@ class PolicyNode(LifecycleNode):
         model = make_model(profile, *task_of(config.checkpoint))
         try:
             self.robot = RosRobot(profile, self.io, self._time, model, enabled=config.mode == "live")
-            self.robot.ready(config.ready_timeout)
+            self._await(self.robot, config.ready_timeout)
             self.deployment = deploy(config, self.robot, self._time, profile)
         except BaseException:
             self._release()
             raise
 
+    def _await(self, robot: RosRobot, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while problems := robot.problems():
+            if time.monotonic() > end or self._ending.wait(_POLL):
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                raise RosError(f"{_NOT_READY} after {timeout:g} s: {problems[0]}{more}")
+
     def _activate(self) -> None:
         assert self.deployment is not None
         if (fault := self.deployment.fault) is not None:
             raise RosError(f"{fault}; cleanup and configure begin another")
-        shadow = self.deployment.config.mode == "shadow"
-        self.deployment.activate(self.requests.estopped, self._show if shadow else None)
+        self._names = list(self.deployment.limits.names)
+        self.deployment.activate(self.requests.estopped, self._show)
         self._starts = self.requests.halts if parameters.read(self).autostart else None
 
     def _deactivate(self) -> None:
@@ -169,8 +184,10 @@ class PolicyNode(LifecycleNode):
 
     def shutdown(self) -> None:
         """Before the program ends: the arm at rest, inference ended. The context must still be there to send commands."""
-        if self.lifecycle != "finalized":
+        if self.lifecycle in ("unconfigured", "inactive", "active"):
             self.trigger_shutdown()
+        else:  # within a transition that a second Ctrl-C interrupted
+            self._release()
 
     # ---- parameters ----------------------------------------------------------------------------------------------------------
 
@@ -209,6 +226,7 @@ class PolicyNode(LifecycleNode):
         if self._messages.fault is not None and not self.over:
             self.refuse(f"the thread of the arm's topics died: {self._messages.fault!r}")
             self.over = True
+        self._followed = self._commanded.get_subscription_count() > 0
         if time.monotonic() >= self._next_try:
             self._autostart()
         self.reporter.report(self.lifecycle, self.refused, self.requests.estopped, self.deployment, self.robot)
@@ -223,17 +241,22 @@ class PolicyNode(LifecycleNode):
             self._starts = None if ok else self._starts
         elif self._configures and self.lifecycle == "unconfigured" and self.get_parameter("autostart").value:
             done = self.trigger_configure() == SUCCESS and self.trigger_activate() == SUCCESS
-            self._configures = not done and "robot is not ready" in self.refused  # an arm may come later, a checkpoint will not
+            self._configures = not done and _NOT_READY in self.refused  # an arm may come later, a checkpoint will not
         else:
             return
         self._next_try = time.monotonic() + _RETRY
 
     def _show(self, period: Period) -> None:
-        """What would have been sent; on the control thread, which a message of a few numbers costs 0.1 ms."""
-        if period.result.executed is not None and self.robot is not None:
-            message = JointState(name=list(self.robot.names), position=period.result.executed.tolist())
-            message.header.stamp = self._time.stamp(period.tick.start)
-            self._shadow.publish(message)
+        """What was wanted, to who listens, and in shadow mode what would have been sent. On the control thread: 0.1 ms each."""
+        if self._followed and period.target.positions is not None:
+            self._commanded.publish(self._positions(period, period.target.positions))
+        if period.result.executed is not None and self.deployment is not None and self.deployment.config.mode == "shadow":
+            self._shadow.publish(self._positions(period, period.result.executed))
+
+    def _positions(self, period: Period, positions: np.ndarray) -> JointState:
+        message = JointState(name=self._names, position=positions.tolist())
+        message.header.stamp = self._time.stamp(period.tick.start)
+        return message
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -241,7 +264,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv if args is None else args)
     try:
         with Ros(arguments) as ros, Ros(arguments, signals=False) as messages:
-            node = ros.node(NAME, PolicyNode, messages=messages)
+            node = ros.node(NAME, PolicyNode, messages=messages, ending=ros.stopping)
             messages.spin_in_thread()
             try:
                 ros.spin(until=lambda: node.over)

@@ -10,6 +10,7 @@ import functools
 import time
 from typing import TYPE_CHECKING, Any
 
+from rclpy.event_handler import SubscriptionEventCallbacks
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool, Trigger
 
@@ -37,8 +38,9 @@ class Requests:
     def __init__(self, node: PolicyNode) -> None:
         self._node, self.estopped, self.halts = node, "", 0
         io, me = node.io, node.get_fully_qualified_name()
+        silent = SubscriptionEventCallbacks(use_default_callbacks=False)  # that one of the three does not match says nothing
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises
-            io.create_subscription(Bool, ESTOP, self._on_estop, quality.to_ros())
+            io.create_subscription(Bool, ESTOP, self._on_estop, quality.to_ros(), event_callbacks=silent)
         io.create_subscription(Bool, DEADMAN, self._on_deadman, SENSOR.to_ros())
         io.create_service(Trigger, f"{me}/stop", functools.partial(self._on_halt, "stop"))
         io.create_service(Trigger, f"{me}/estop", functools.partial(self._on_halt, "estop"))
