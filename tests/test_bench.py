@@ -179,6 +179,8 @@ def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.Captu
         assert report["age_ms"]["max"] > 0
         assert set(report["jerk_rms"]) == {"x", "y"}
         assert (tmp_path / "out" / "loop.png").exists()
+    assert cli.main(["bench", "loop", str(folder), *options, "--seconds", "0.02"]) == 2
+    assert "1 periods are too few to measure; give more --seconds" in capsys.readouterr().err
     for setting in ("--seconds", "--rate"):
         assert cli.main(["bench", "loop", str(folder), *options, setting, "0"]) == 2
         assert f"{setting} 0 is too little" in capsys.readouterr().err

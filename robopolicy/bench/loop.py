@@ -79,11 +79,12 @@ def run_loop(
             raise EvaluationError(f"the safety filter refuses to start: {refused[0]}")
         try:
             loop.run(seconds)
-            rows, report = loop.log.rows(), loop.report()
+            rows, report, cause = loop.log.rows(), loop.report(), safety.cause
         finally:
             loop.close()
     if "age_ms" not in report:
-        raise EvaluationError(f"the safety filter stopped the arm within {report['ticks']} periods: {safety.cause}")
+        why = "give more --seconds" if cause is None else f"the safety filter stopped the arm: {cause}"
+        raise EvaluationError(f"{report['ticks']} periods are too few to measure; {why}")
     return Measured(report, rows["start"] - rows["deadline"])
 
 

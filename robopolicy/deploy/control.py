@@ -66,6 +66,7 @@ class ControlLoop:
         self.log, self.notes = self.arbiter.log, self.arbiter.notes
         self.dt, self.row = self.arbiter.dt, self.source.row
         self._warm = self._begun = False
+        self._jumps: list[float] = []  # of the episodes before this one
 
     @property
     def skipped(self) -> int:
@@ -124,12 +125,18 @@ class ControlLoop:
 
     def _begin(self) -> None:
         """Wait for the first plan, standing. Its rows count from when the arm starts to move."""
+        self._keep_jumps()
         refused = self.arbiter.begin("policy", self.robot.state())
         if refused and self.safety.mode is Mode.RUNNING:
             raise EvaluationError(f"the policy cannot begin: {refused[0]}")
         while not refused and not self.source.ready(self.clock.now()):
             self.clock.sleep_until(self.clock.now() + self.dt)
         self._begun = True
+
+    def _keep_jumps(self) -> None:
+        """The executor forgets them with the episode; the log does not."""
+        self._jumps += [switch.jump for switch in self.executor.switches]
+        self.executor.switches.clear()
 
     def step(self, tick: Tick) -> None:
         """What is done every period. Raises what robot, policy or planner raised; the arm then decelerates."""
@@ -148,10 +155,11 @@ class ControlLoop:
 
     def report(self) -> dict[str, Any]:
         """What was measured since the log began; times in ms. Definitions in docs/deploy.md."""
+        self._keep_jumps()
         return summarise(self.log.rows(), self.dt, self.safety) | {
             "inference_ms": self.engine.latency.summary(1e3),
             "engine": dict(self.engine.counters),
-            "boundary_jump": percentiles(np.array([switch.jump for switch in self.executor.switches])),
+            "boundary_jump": percentiles(np.array(self._jumps)),
             "interventions": dict(self.safety.events),
             "notes": [*self.notes, *self.engine.notes],
         }
