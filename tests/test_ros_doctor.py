@@ -14,7 +14,7 @@ from ros import Sandbox
 
 from hardware.ros2 import doctor, shm
 from hardware.ros2.contract import NODE_TOPICS, robot_topics
-from hardware.ros2.doctor import Check, judge
+from hardware.ros2.findings import Check, judge
 from hardware.ros2.profile import load_profile
 from hardware.ros2.topics import End, Seen, stamp_of
 from robopolicy import cli
@@ -103,6 +103,26 @@ def test_what_is_wrong_with_a_robot_is_named_with_its_mend(
     assert check.level == level
     assert found in check.found
     assert mend in check.mend
+
+
+def test_a_gripper_with_joint_states_of_its_own() -> None:
+    profile = load_profile("fr3")
+    assert profile.gripper is not None
+    assert profile.gripper.state_topic is not None
+    topics = [*robot_topics(profile), *NODE_TOPICS]
+    seen = {}
+    for topic in topics:
+        ends = [[End("/arm", topic.type)], [End(POLICY, topic.type)]]
+        publishers, subscriptions = ends if topic.direction == "in" else reversed(ends)
+        times = [0.002 * number for number in range(500)]
+        seen[topic.key] = Seen(f"/{topic.name}", publishers, subscriptions, 1.0, times, [0.001] * 500)
+    fingers = profile.state.joints[profile.gripper.coordinate].names
+    seen["state"].joints = tuple(name for name in profile.joint_names if name not in fingers)
+    seen["gripper_state"].joints = fingers
+    assert [check for check in judge(profile, topics, seen, POLICY) if check.level != "ok"] == []
+    seen["gripper_state"].joints = ("other",)
+    (check,) = [check for check in judge(profile, topics, seen, POLICY) if check.level != "ok"]
+    assert f"no {fingers[0]}" in check.found
 
 
 # ---- this machine --------------------------------------------------------------------------------------------------------------
