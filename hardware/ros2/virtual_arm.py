@@ -213,7 +213,7 @@ class VirtualArm:
         offer("reset_reflex", lambda: self._done(self.driver.reset_reflex, "takes commands again"))
         offer("clear_faults", self._clear_faults)
         offer("record", lambda: self._write(self.driver.report()))
-        offer("clear_record", lambda: self._done(self.driver.clear_record, "begun anew"))
+        offer("clear_record", lambda: self._done(self._clear_record, "begun anew"))
 
     @staticmethod
     def _done(does: Callable[[], None], said: str) -> str:
@@ -232,6 +232,11 @@ class VirtualArm:
         if self.config.record_path:
             Path(self.config.record_path).write_text(text + "\n")
         return text
+
+    def _clear_record(self) -> None:
+        self.driver.clear_record()
+        for stream in (stream for streams_ in self.streams.values() for stream in streams_):
+            stream.channel.counters.clear()
 
     def _counted(self, kind: str) -> dict[str, int]:
         counted: Counter[str] = Counter()
