@@ -1,5 +1,6 @@
 """What a deployment is assembled of, and what diagnostics say of it: no node, no topics."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig import save_policy
 
+from hardware.ros2.contract import NODE_SERVICES, NODE_TOPICS
 from hardware.ros2.deployment import DeployConfig, check_fit, deploy, limits_of, profile_of, task_of
 from hardware.ros2.diagnostics import Level, health
+from hardware.ros2.parameters import NodeConfig
 from hardware.ros2.profile import load_profile
 from robopolicy.deploy.clock import SystemClock
 from robopolicy.deploy.export import export
@@ -172,3 +175,19 @@ def test_before_the_first_period_nothing_hangs() -> None:
     before = status(time=float("nan"), periods=0, rate=0.0, lateness_ms={}, work_ms={}, ages={}, set_point=None)
     assert {one.level for one in health(before, 10.0, PROFILE.safety, {})} == {Level.OK}
     assert np.isnan(before.time)
+
+
+# ---- docs/ros2.md --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_parameter_with_its_default_and_every_topic_and_service() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "ros2.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S*) ?\|", page, flags=re.MULTILINE))
+    for name, field in NodeConfig.model_fields.items():
+        shown = rows[name].strip("`")
+        wanted = field.default
+        assert shown == (
+            str(wanted).lower() if isinstance(wanted, bool) else wanted if isinstance(wanted, str) else f"{wanted:g}"
+        )
+    for entry in (*NODE_TOPICS, *NODE_SERVICES):
+        assert f"`{entry.name}`" in page
