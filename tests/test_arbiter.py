@@ -337,6 +337,13 @@ def test_an_emergency_stop_before_the_first_start_latches_too() -> None:
     cell.started()
 
 
+def test_a_filter_that_was_stopped_before_stays_so() -> None:
+    cell = Cell()
+    cell.safety.estop("button")
+    later = Arbiter(cell.robot, cell.safety, cell.clock)
+    assert (later.status.mode, later.status.cause) == ("estopped", "estop button")
+
+
 def test_an_emergency_stop_while_the_first_plan_is_awaited() -> None:
     cell = Cell(delay=0.5)
     assert cell.ask("start")[0]
@@ -455,6 +462,9 @@ def test_the_death_of_the_inference_process_stops_the_arm_before_the_next_plan_i
     assert cell.mode == "stopped"
     assert "signal 9" in cell.cause
     assert len(cell.planner.asked) == asked
+    ok, message = cell.ask("start")
+    assert not ok
+    assert "signal 9" in message
 
 
 def test_inference_that_hangs_stops_the_arm() -> None:

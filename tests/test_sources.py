@@ -101,6 +101,17 @@ def test_an_arm_that_does_not_come_is_given_up(until: float, said: str) -> None:
     assert len(seen) < 10 * HZ
 
 
+def test_a_gripper_that_holds_something_is_not_waited_for() -> None:
+    blocked = LIMITS.model_copy(
+        update={"coordinates": (LIMITS.coordinates[0], LIMITS.coordinates[1].model_copy(update={"tracking": None}))}
+    )
+    follows = lambda here, wanted: np.maximum(wanted, [-1.0, 0.3])  # noqa: E731
+    _, last = go_home(HomeSource(np.array([0.4, 0.0]), blocked), (-0.4, 0.5), follows)
+    assert str(last.over) == "home reached"
+    _, last = go_home(HomeSource(np.array([0.4, 0.0]), LIMITS), (-0.4, 0.5), follows)
+    assert "home_lag" in str(last.over)
+
+
 def test_an_arm_that_passes_home_has_not_arrived() -> None:
     home = HomeSource(np.array([0.0, 0.0]), LIMITS)
     assert home.begin(0.0, state(0.0, 0.0)) == ()
@@ -224,6 +235,14 @@ def test_the_report_has_the_latency_of_the_last_plans_only() -> None:
         cell.engine.latency.add(0.5)
     assert cell.source.report()["inference_ms"]["p50"] == pytest.approx(500.0)
     assert cell.source.report()["inference_ms"]["p50"] == cell.source.report()["inference_ms"]["max"]
+
+
+def test_a_planner_that_is_dead_is_a_refusal() -> None:
+    cell = Cell()
+    cell.planner.fault = RuntimeError("killed by signal 9")  # type: ignore[attr-defined]  # as of a ProcessPlanner
+    asked = len(cell.planner.asked)
+    assert [str(r) for r in cell.source.begin(0.0, cell.robot.state())] == ["inference killed by signal 9"]
+    assert len(cell.planner.asked) == asked
 
 
 def test_an_action_without_a_rate_is_refused() -> None:

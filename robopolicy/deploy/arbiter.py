@@ -89,7 +89,7 @@ class Arbiter:
         self._starting = False  # the source has begun, and its first target is not there yet
         self._reseat = False  # the next start begins where the arm is measured
         self._deadman: Stamp | None = None
-        self._cause = ""
+        self._cause = "" if safety.cause is None else str(safety.cause)
         self._answer: Answer | None = None
         self._result: Result | None = None  # of this period
         self._last: Period | None = None

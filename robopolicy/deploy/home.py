@@ -18,6 +18,8 @@ from robopolicy.robot import State
 class HomeSource:
     """Goes straight to a configuration at the slow speed of a ramp, waits for an arm that lags, and says when it is there.
 
+    Coordinates whose ``tracking`` is not watched, grippers that is, are not waited for: they may hold something.
+
     Args:
         positions: Where ``[n]``.
         limits: Of the safety filter: ``ramp`` times the velocity it lets through is the speed.
@@ -44,6 +46,7 @@ class HomeSource:
                 )
         self._names, self._near = limits.names, near
         self._speed = limits.ramp * limits.scale.velocity * np.array([c.velocity for c in limits.coordinates])
+        self._free = np.array([c.tracking is None for c in limits.coordinates])
         self._dt = 1.0 / limits.rate
 
     def begin(self, now: float, state: State) -> tuple[Reason, ...]:
@@ -64,7 +67,7 @@ class HomeSource:
         if x >= 1.0:
             return Target(self.positions, over=self._arrived(state))
         goal = self._from + x * x * (3 - 2 * x) * self._way
-        if (np.abs(goal - state.positions) <= self._AHEAD * self._speed).all():  # False for NaN
+        if (self._free | (np.abs(goal - state.positions) <= self._AHEAD * self._speed)).all():  # False for NaN
             self._gone += self._dt
             return Target(goal, 6 * x * (1 - x) * self._way / self._needs)
         self._waited += self._dt
@@ -72,7 +75,7 @@ class HomeSource:
         return Target(goal, over=Reason("home_lag", "", self._waited, self._GIVE_UP) if lags else None)
 
     def _arrived(self, state: State) -> Reason | None:
-        error = np.abs(state.positions - self.positions)
+        error = np.where(self._free, 0.0, np.abs(state.positions - self.positions))
         if (error <= self._near).all():
             self._stood += self._dt
             return Reason("home", "reached") if self._stood >= self._STANDS else None

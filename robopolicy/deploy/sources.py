@@ -225,6 +225,8 @@ class PolicySource:
         self.executor.reset()
         self._interpolate.reset()
         self.engine.reset()
+        if self.engine.fault is not None:  # a dead process stays dead
+            return (Reason("inference", str(self.engine.fault)),)
         self._last_target: np.ndarray | None = None
         self._rows_left = self._starved_now = self.starved = 0
         self._next_observation = np.inf
