@@ -1,20 +1,39 @@
 """Bags: what is written is read back, by rosbags and by us; one whose writer was killed is mended."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from builtin_interfaces.msg import Time
+from rclpy.serialization import serialize_message
+from rig import save_policy
+from ros import Sandbox
+from std_msgs.msg import Float64
 
+from hardware.ros2 import bagfile, messages
 from hardware.ros2.bagfile import BagError, BagWriter, Message, Storage, open_bag, repair, restamped
+from hardware.ros2.contract import COMMAND, LATCHED, STATE_OUT
+from hardware.ros2.deployment import DeployConfig
+from hardware.ros2.imported import import_bags
+from hardware.ros2.runtime import RosClock
+from hardware.ros2.shadow import shadow
+from robopolicy import cli
+from robopolicy.data.check import check
+from robopolicy.data.episodes import Episodes
+from robopolicy.deploy.clock import FakeClock
+from robopolicy.errors import DataError
+from sim.arm.robot import ArmModel, SimArm
 
 JOINT_STATE = "sensor_msgs/msg/JointState"
+COMMANDS = "/forward_position_controller/commands"
 START = 1_700_000_000_000_000_000
 
 
@@ -68,15 +87,13 @@ def test_stamps_are_shifted_in_the_serialised_message() -> None:
 
 KILLED = """
 import sys, time
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_bag import JOINT_STATE, START, joint_state
+sys.path.insert(0, {root!r})
 from hardware.ros2.bagfile import BagWriter, Message
-data = joint_state(START, [1.0, 2.0])
+data = bytes.fromhex({data!r})
 with BagWriter({path!r}, {storage!r}) as writer:
     k = 0
     while True:
-        writer.write(Message("/joint_states", JOINT_STATE, time.time_ns(), data))
+        writer.write(Message("/joint_states", {type!r}, time.time_ns(), data))
         k += 1
         print(k, flush=True)
         time.sleep(0.002)
@@ -85,8 +102,8 @@ with BagWriter({path!r}, {storage!r}) as writer:
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 def test_a_bag_whose_writer_was_killed_is_mended_to_within_seconds_of_its_end(tmp_path: Path, storage: Storage) -> None:
-    tests = Path(__file__).parent
-    code = KILLED.format(root=str(tests.parent), tests=str(tests), path=str(tmp_path / "bag"), storage=storage)
+    root, data = str(Path(__file__).parents[1]), joint_state(START, [1.0, 2.0]).hex()
+    code = KILLED.format(root=root, path=str(tmp_path / "bag"), storage=storage, data=data, type=JOINT_STATE)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "1\n"
@@ -103,6 +120,26 @@ def test_a_bag_whose_writer_was_killed_is_mended_to_within_seconds_of_its_end(tm
         came = [m.came for m in bag.messages()]
     assert counts == {"/joint_states": len(came)}
     assert (last - came[-1]) * 1e-9 < 2.0  # flushed every second
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_disk_that_is_nearly_full_ends_a_bag_while_it_can_be_closed(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bagfile, "_FLUSH", 0.0)
+    data = joint_state(START, [1.0, 2.0])
+
+    def write_on(writer: BagWriter) -> None:
+        for k in range(1000):
+            writer.write(Message("/joint_states", JOINT_STATE, START + k, data))
+            time.sleep(0.001)
+
+    with BagWriter(tmp_path / "bag", storage, reserve=1e12) as writer:
+        with pytest.raises(BagError, match="MB are free"):
+            write_on(writer)
+        assert writer.error is not None
+    with open_bag(tmp_path / "bag") as bag:
+        assert bag.counts["/joint_states"] >= 1
 
 
 def test_a_cut_mcap_keeps_its_whole_records(tmp_path: Path) -> None:
@@ -124,3 +161,163 @@ def test_a_cut_mcap_keeps_its_whole_records(tmp_path: Path) -> None:
 def test_a_missing_bag_is_told(tmp_path: Path) -> None:
     with pytest.raises(BagError, match="no bag at"), open_bag(tmp_path / "none"):
         pass
+
+
+# ---- from bags to episodes, and policies on bags -------------------------------------------------------------------------------
+
+
+class Drive(NamedTuple):
+    """What a simulated arm did while it was recorded, each 10 ms."""
+
+    observed: list[dict[str, np.ndarray]]
+    commanded: np.ndarray
+
+
+def drive(path: Path, seconds: float = 4.0, namespace: str = "") -> Drive:
+    """A bag of our arm that waves, with a cube before it; poses come 60 ms after they were so."""
+    clock = FakeClock()
+    arm = SimArm("lift", clock)
+    arm.reset(3)
+    begin = arm.state().positions
+    observed, commanded = [], []
+    waiting: list[Message] = []
+    types = {"/joint_states": JOINT_STATE, "/objects/cube/pose": "geometry_msgs/msg/PoseStamped"}
+    types |= {COMMANDS: "std_msgs/msg/Float64MultiArray", "/gripper/command": "std_msgs/msg/Float64"}
+
+    def say(topic: str, message: Any, late: float = 0.0) -> None:
+        name = f"/{namespace}{topic}" if namespace else topic
+        waiting.append(Message(name, types[topic], START + round((clock.time + late) * 1e9), serialize_message(message)))
+
+    for k in range(round(seconds * 100)):
+        clock.time = k / 100
+        positions, now = arm.state().positions, START + k * 10_000_000
+        stamp = Time(sec=now // 10**9, nanosec=now % 10**9)
+        names, fingers = ["left_finger", "right_finger", *arm.names[:7]], positions[7] / 2
+        speeds = arm.task.velocities
+        velocities = np.array([speeds[7] / 2, speeds[7] / 2, *speeds[:7]])
+        state = messages.joint_state(names, np.array([fingers, fingers, *positions[:7]]), velocities, stamp)
+        say("/joint_states", state)
+        if k % 4 == 0:
+            cube = arm.task.poses()["cube"]
+            say("/objects/cube/pose", messages.pose(cube[:3], cube[3:], stamp, "world"), late=0.06)
+        target = begin + np.append(0.1 * np.sin(2 * clock.time) * np.ones(7), -0.01)
+        arm.command(target)
+        say(COMMANDS, messages.float_array(target[:7]))
+        if k == 0:
+            say("/gripper/command", Float64(data=float(target[7])))
+        observed.append(arm.task.observe())
+        commanded.append(target)
+    with BagWriter(path) as writer:
+        for message in sorted(waiting, key=lambda m: m.came):
+            writer.write(message)
+    return Drive(observed, np.array(commanded))
+
+
+def test_imported_episodes_are_what_the_simulator_observed(tmp_path: Path) -> None:
+    done = drive(tmp_path / "one")
+    drive(tmp_path / "two", seconds=1.5)
+    out = tmp_path / "set.zarr"
+    assert cli.main(["bag", "import", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == 0
+    store = Episodes.open(out)
+    assert len(store) == 2
+    assert [p for p in check(out) if p.severity == "error"] == []
+    stored = store.episode(0)
+    assert len(stored["action"]) > 70
+    began = float(np.round(0.06 - stored["stamps"][0, 0], 2)) if stored["stamps"][0, 0] < 0 else 0.06
+    due = began + stored["timestamp"][:, 0]
+    ticks = np.minimum(np.floor(due * 100 + 1e-3).astype(int), len(done.observed) - 1)
+    for name, value in stored.items():
+        if name in done.observed[0] and "cube" not in name:
+            np.testing.assert_allclose(value, [done.observed[k][name] for k in ticks], atol=2e-6, err_msg=name)
+    # The cube has all but come to rest, so its poses of every 40 ms are those of each tick.
+    np.testing.assert_allclose(stored["cube_pos"], [done.observed[k]["cube_pos"] for k in ticks], atol=1e-4)
+    told = np.minimum(np.floor((due + 0.05) * 100 + 1e-3).astype(int), len(done.commanded) - 1)
+    off = [np.abs(stored["executed"] - done.commanded[told - k]).max(axis=1) for k in (0, 1)]
+    assert np.min(off, axis=0).max() < 1e-9  # the command of that tick, or, where both are at the same time, the one before
+    model = ArmModel("lift")
+    np.testing.assert_allclose(stored["action"], [model.action_of(q) for q in stored["executed"]], atol=1e-6)
+
+
+def test_an_import_that_gives_nothing_says_why(tmp_path: Path) -> None:
+    drive(tmp_path / "bag", seconds=1.0, namespace="left")
+    arguments = ["bag", "import", str(tmp_path / "bag"), "--out", str(tmp_path / "set.zarr")]
+    assert cli.main(arguments) == 2  # the namespace is missing
+    assert cli.main([*arguments, "--namespace", "left"]) == 0
+    with BagWriter(tmp_path / "blind") as writer:
+        writer.write(Message("/joint_states", JOINT_STATE, START, joint_state(START, [0.0, 0.0])))
+    with pytest.raises(DataError, match=r"refused.*joint1"):
+        import_bags([tmp_path / "blind"], tmp_path / "blind.zarr", "virtual")
+
+
+def test_shadow_shows_what_a_policy_would_have_commanded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = drive(tmp_path / "bag")
+    ahead = (0.5, 0.02, 0.15, 0.1, 0.06)
+    save_policy(tmp_path / "policy", ahead)
+    arguments = [str(tmp_path / "bag"), str(tmp_path / "policy"), "--json", str(tmp_path / "shadow.json")]
+    assert cli.main(["bag", "shadow", *arguments, "--plot", str(tmp_path / "shadow.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "|policy - commanded|" in printed
+    assert (tmp_path / "shadow.png").stat().st_size > 1000
+    found = json.loads((tmp_path / "shadow.json").read_text())
+    assert found["episodes"] == 1
+    assert found["periods"] > 300
+    assert found["differences"]["joint4"]["mean"] > 0.01
+    result = shadow(tmp_path / "bag", DeployConfig(checkpoint=str(tmp_path / "policy"), inference="thread"))
+    model = ArmModel("lift")
+    np.testing.assert_allclose(model.action_of(result.wanted[-1]), ahead, atol=0.02)
+    ticks = np.minimum(np.floor(result.times * 100 + 1e-3).astype(int) - 1, len(done.commanded) - 1)  # of the period before
+    np.testing.assert_allclose(result.commanded, done.commanded[ticks], atol=0.006)
+    with pytest.raises(BagError, match="the profile needs"):
+        shadow(tmp_path / "bag", DeployConfig(checkpoint=str(tmp_path / "policy")), namespace="left")
+
+
+# ---- live ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_topics_are_recorded_as_they_come_and_replayed_with_stamps_of_now(
+    ros: Sandbox, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from sensor_msgs.msg import JointState
+    from std_msgs.msg import Bool, Float64MultiArray
+
+    states = ros.node.create_publisher(JointState, "joint_states", STATE_OUT.to_ros())
+    success = ros.node.create_publisher(Bool, "virtual_arm/success", LATCHED.to_ros())
+    commands = ros.node.create_publisher(Float64MultiArray, "forward_position_controller/commands", COMMAND.to_ros())
+    success.publish(Bool(data=True))  # before anybody listens
+    bag = tmp_path / "bag"
+    recorder = ros.run([sys.executable, "-m", "robopolicy.cli", "bag", "record", str(bag), "--seconds", "60"])
+    ros.until(lambda: "recording '/joint_states'" in recorder.output() and states.get_subscription_count(), 30)
+    clock = RosClock()
+    for k in range(150):
+        states.publish(messages.joint_state(["a"], np.array([float(k)]), None, clock.stamp()))
+        commands.publish(messages.float_array(np.zeros(7)))
+        ros.spin(0.01)
+    recorder.send(signal.SIGINT)
+    assert recorder.wait(20) == 0, recorder.output()
+    assert "nobody published '/gripper/command'" in recorder.output()
+    with open_bag(bag) as opened:
+        assert opened.counts["/joint_states"] >= 140
+        assert opened.counts["/virtual_arm/success"] == 1
+        assert "/forward_position_controller/commands" in opened.counts
+    assert cli.main(["bag", "info", str(bag)]) == 0
+
+    # The driver is still there: two of them on one topic would make an arm jump.
+    assert cli.main(["bag", "replay", str(bag)]) == 2
+    assert "published by" in capfd.readouterr().err
+    assert cli.main(["bag", "replay", str(bag), "--topic", COMMANDS]) == 2
+    assert "--commands" in capfd.readouterr().err
+    for publisher in (states, success, commands):
+        ros.node.destroy_publisher(publisher)
+    found: list[JointState] = []
+    moved: list[Any] = []
+    ros.node.create_subscription(JointState, "joint_states", found.append, STATE_OUT.to_ros())
+    ros.node.create_subscription(Float64MultiArray, "forward_position_controller/commands", moved.append, COMMAND.to_ros())
+    replayed = ros.run([sys.executable, "-m", "robopolicy.cli", "bag", "replay", str(bag), "--rate", "2"])
+    ros.until(lambda: not replayed.alive, 30)
+    assert replayed.wait(1) == 0, replayed.output()
+    assert len(found) >= 130
+    assert np.diff([m.position[0] for m in found]).min() > 0
+    stamps = [m.header.stamp.sec + m.header.stamp.nanosec * 1e-9 for m in found]
+    assert abs(stamps[-1] - time.time()) < 20
+    assert 0.3 < stamps[-1] - stamps[0] < 1.5  # twice as fast
+    assert moved == []

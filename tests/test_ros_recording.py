@@ -1,5 +1,6 @@
 """Aligned, Recording: what is stored is what was, side by side by header stamps; nothing recorded is lost. No ROS."""
 
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,11 @@ import numpy as np
 import pytest
 
 from hardware.ros2.aligned import Track
+from hardware.ros2.heard import CommandReader
+from hardware.ros2.outputs import Outputs
+from hardware.ros2.profile import load_profile, profile_names
 from hardware.ros2.recording import COMMANDED, EXECUTED, STATE, Recording, RecordingConfig, State, action_of
+from hardware.ros2.runtime import RosClock
 from robopolicy.data.check import check
 from robopolicy.data.episodes import Episodes
 from robopolicy.deploy.limits import SafetyLimits
@@ -289,3 +294,30 @@ def test_our_arms_actions_come_back_from_its_targets(control: str) -> None:
     for _ in range(30):
         targets = model.targets(action)
     np.testing.assert_allclose(action_of(model, targets), action, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", profile_names())
+@pytest.mark.parametrize("kind", ["as it is", "trajectory"])
+def test_commands_of_every_profile_come_back_as_the_coordinates_that_were_sent(name: str, kind: str) -> None:
+    profile = load_profile(name)
+    if kind == "trajectory":
+        profile = profile.model_copy(update={"command": profile.command.model_copy(update={"type": "trajectory"})})
+    reader, sent = CommandReader(profile), []
+    outputs = Outputs(profile, RosClock(), sent.append, reader.gripper)
+    rng = np.random.default_rng(0)
+    lower = np.array([c.lower for c in profile.safety.coordinates])
+    upper = np.array([c.upper for c in profile.safety.coordinates])
+    for _ in range(5):
+        target = rng.uniform(lower, upper)
+        for _ in range(2):  # a gripper's small changes are sent once it rests
+            outputs.send(target, None)
+        np.testing.assert_allclose(reader.read(sent[-1], np.zeros(len(target))), target, atol=1e-9)
+    broken = copy.deepcopy(sent[-1])
+    if hasattr(broken, "points"):
+        broken.points = []
+    else:
+        broken.data = broken.data[:-1]
+    assert reader.read(broken, np.zeros(len(target))) is None
+    velocity = profile.command.model_copy(update={"type": "velocity"})
+    with pytest.raises(ConfigError, match="action:=measured"):
+        CommandReader(profile.model_copy(update={"command": velocity})).check()

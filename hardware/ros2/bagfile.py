@@ -26,6 +26,7 @@ from robopolicy.errors import RobopolicyError
 
 Storage = Literal["mcap", "sqlite3"]
 _FLUSH = 1.0  # [s] between what is safe and what is lost
+_GARBAGE = 64  # bytes
 _BLOCK = 1 << 20  # bytes
 _MAGIC = b"\x89MCAP0\r\n"
 _FOOTER = b"\x02" + struct.pack("<QQQI", 20, 0, 0, 0)  # without a summary: readers scan
@@ -85,10 +86,16 @@ class Bag:
 
     def read(self, message: Message) -> Any:
         """Its fields, as attributes. Raises BagError."""
-        try:
-            return self._reader.deserialize(message.data, message.type)
-        except Exception as error:
-            raise BagError(f"a message of '{message.topic}' does not parse as {message.type} ({_line(error)})") from error
+        data = message.data
+        while True:
+            try:
+                return self._reader.deserialize(data, message.type)
+            except Exception as error:
+                # rclpy leaves garbage behind messages with empty sequences, which rosbags takes for a mistake.
+                if "size mismatch" in str(error) and len(message.data) - len(data) < _GARBAGE:
+                    data = data[:-4]
+                    continue
+                raise BagError(f"a message of '{message.topic}' does not parse as {message.type} ({_line(error)})") from error
 
     def stamped(self, topic: str) -> bool:
         """Whether its messages begin with a header."""

@@ -48,6 +48,7 @@ class Heard:
         self._clock, self._tracks, self._recording = clock, recording.tracks, recording
         self._model = _Measuring(recording.model)
         self._numbers: dict[str, int] = {}
+        self._met = False
         self.robot = RosRobot(profile, _Overheard(node, self.poll), clock, model=self._model, enabled=False)
         self._commands = CommandReader(profile)
         if recording.config.action == "executed":
@@ -62,7 +63,8 @@ class Heard:
     def poll(self) -> None:
         """Hand on what is new in the robot's slots. Pictures are decoded in another thread: call it at least every period."""
         recording = self._recording
-        recording.success = recording.success or bool(self.robot.success)
+        met, self._met = self._met, bool(self.robot.success)
+        recording.success |= self._met and not met  # what was met before this episode is not its doing
         for name, slot in self.robot.slots.items():
             latest = slot.latest
             if latest is None or self._numbers.get(name) == latest.number:
