@@ -157,18 +157,26 @@ class Driver:
         rate: At which commands are expected [Hz].
         lookahead: Streamed targets are reached on a straight line in so long [s]: robots' controllers smooth what they are
             sent, UR's by 0.03 s at least.
+        kinematics: Of the points that the record holds against workspace and table; None: the world's.
 
     Attributes:
         reflex: Why the arm has stopped by itself and takes no commands; empty while it does.
     """
 
     def __init__(
-        self, world: World, limits: SafetyLimits, clock: Clock, *, rate: float = 100.0, lookahead: float = 0.02
-    ) -> None:  # fmt: skip
+        self,
+        world: World,
+        limits: SafetyLimits,
+        clock: Clock,
+        *,
+        rate: float = 100.0,
+        lookahead: float = 0.02,
+        kinematics: Kinematics | None = None,
+    ) -> None:
         if tuple(world.names) != limits.names:
             raise CommandError(f"the arm has {', '.join(world.names)}; the limits are for {', '.join(limits.names)}")
         self.world, self._clock, self._lock = world, clock, threading.RLock()
-        self.record = Record(limits, world.kinematics, world.timestep, rate)
+        self.record = Record(limits, kinematics or world.kinematics, world.timestep, rate)
         self._watched = np.array([i for i, c in enumerate(limits.coordinates) if c.tracking is not None])
         self._rated = np.array([c.velocity for c in limits.coordinates])
         self._period, self._lookahead = 1.0 / rate, max(1, round(lookahead / world.timestep))

@@ -222,6 +222,23 @@ def test_physics_keeps_up_more_or_less(arm: Arm) -> None:
     assert 0.1 < record["real_time_factor"] <= 1.0
 
 
+def test_robosuite_s_panda_stands_behind_the_same_topics(ros: Sandbox) -> None:
+    pytest.importorskip("robosuite")
+    ros.start("hardware.ros2.virtual_arm", profile="panda", cameras=False)
+    first = ros.message(STATE, "joint_states", 60.0)
+    assert first.name == [*(f"panda_joint{i}" for i in range(1, 8)), "panda_finger_joint1", "panda_finger_joint2"]
+    publisher = ros.node.create_publisher(ARRAY, COMMANDS, COMMAND.to_ros())
+    ros.until(lambda: publisher.get_subscription_count() > 0, what="somebody who takes commands")
+    goal = np.array(first.position[:7]) + 0.03
+    publisher.publish(ARRAY(data=goal.tolist()))
+    ros.until(
+        lambda: np.abs(np.array(ros.message(STATE, "joint_states").position[:7]) - goal).max() < 5e-3, 10.0, "the arm there"
+    )
+    record = json.loads(ros.call(TRIGGER, "virtual_arm/record").message)
+    assert record["table"]["worst"] < 0, "above it"
+    assert record["reflexes"] == 0
+
+
 def test_ctrl_c_ends_it_and_the_record_is_kept(ros: Sandbox) -> None:
     path = ros.folder / "record.json"
     process = ros.start("hardware.ros2.virtual_arm", record_path=str(path), cameras=False)

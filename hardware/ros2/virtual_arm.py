@@ -24,6 +24,7 @@ import pydantic
 from hardware.ros2 import streams
 from hardware.ros2.contract import LATCHED, STATE_OUT, Quality, message_type
 from hardware.ros2.faults import STREAMS, Faults, Reading
+from hardware.ros2.joints import make_model
 from hardware.ros2.profile import Input, RosProfile, load_profile
 from hardware.ros2.runtime import Ros, RosClock
 from hardware.ros2.streams import Stream
@@ -70,9 +71,15 @@ class VirtualArm:
         self.node, self.config, self._clock = node, config, clock
         self.profile = load_profile(config.profile)
         self.world = _world(self.profile, config.task)
+        kinematics = self.world.kinematics or make_model(self.profile).kinematics
         self.driver = Driver(
-            self.world, self.profile.safety, clock, rate=self.profile.rate, lookahead=config.lookahead
-        )  # fmt: skip
+            self.world,
+            self.profile.safety,
+            clock,
+            rate=self.profile.rate,
+            lookahead=config.lookahead,
+            kinematics=kinematics,
+        )
         self.streams: dict[str, list[Stream]] = {name: [] for name in STREAMS}
         self._cameras: dict[str, list[tuple[Stream, Input]]] = {}
         self._poses: dict[str, Stream] = {}
