@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from robopolicy.compose.policy import Composed, compose
 from robopolicy.compose.search import _alone, simplex
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
+from robopolicy.deploy.planner import make_planner
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
 
@@ -207,3 +209,27 @@ def test_a_report_of_before_is_not_taken_for_that_of_the_new_policy(
     assert main(["compose", *parents, "--out", str(tmp_path)]) == 2
     assert "holds the report of another composition" in capsys.readouterr().err
     assert not (tmp_path / "policy.json").exists()
+
+
+def test_the_page_s_cost_goes_through_every_verb(
+    parents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "compose.md").read_text()
+    (code,) = re.findall(r"```python file=cost.py\n(.*?)```", page, flags=re.S)
+    (tmp_path / "cost.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = re.findall(r"outputs/b (path.type=flow sampler.type=cost:Right sampler.strength=20) --out", page)[0].split()
+    out = str(tmp_path / "right")
+    assert main(["compose", *parents, *settings, "sampler.num_steps=4", "--out", out]) == 0
+    guided = load_policy(out)
+    plain = guided.varied(sampler={"type": "euler", "num_steps": 4})
+    obs = {"x": torch.zeros(64, 1, 2), "image": torch.zeros(64, 1, 16, 16, 3, dtype=torch.uint8)}
+    actions = [policy.act(obs, torch.Generator().manual_seed(0)) for policy in (guided, plain)]
+    short, before = (np.clip(0.5 - action[..., 1], 0, None).mean() for action in actions)
+    assert short < before / 2, f"{short} below .5 with the cost, {before} without"
+    for kind in ("plain", "rti", "bid"):
+        assert np.isfinite(make_planner(kind, guided).plan(obs, None, 0, torch.Generator().manual_seed(0))).all()
+    assert main(["eval", out, "--episodes", "2", "--num-envs", "2"]) == 0
+    capsys.readouterr()
+    assert main(["export", out]) == 2
+    assert "sampler 'cost:Right' walks in a way of its own" in capsys.readouterr().err
