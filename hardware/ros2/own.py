@@ -7,18 +7,27 @@ from typing import Any
 from hardware.ros2.joints import make_model
 from hardware.ros2.profile import RosProfile, load_profile
 from hardware.ros2.robot import RosRobot
-from hardware.ros2.runtime import Ros, RosClock
+from hardware.ros2.runtime import Ros, RosClock, RosError
 from robopolicy.deploy.clock import Clock
 
 
 class OwnRosRobot(RosRobot):
-    """The same with a context, node and thread of its own: what programs that know nothing of ROS use."""
+    """The same with a context, node and thread of its own.
 
-    def __init__(self, profile: RosProfile, task: str | None = None, **task_args: Any) -> None:
+    Args:
+        profile: Of the arm.
+        task: That a model is set in which takes one, with ``task_args``.
+        namespace: Of the arm's topics.
+
+    Raises:
+        RosError: There is no ROS, or the arm is not ready in time.
+    """
+
+    def __init__(self, profile: RosProfile, task: str | None = None, namespace: str = "", **task_args: Any) -> None:
         self._ros = Ros(signals=False)
         self._ros.__enter__()
         try:
-            node = self._ros.node("robopolicy_robot")
+            node = self._ros.node("robopolicy_robot", namespace=namespace)
             super().__init__(profile, node, RosClock(), make_model(profile, task, task_args))
             self._ros.spin_in_thread()
             self.ready()
@@ -26,14 +35,19 @@ class OwnRosRobot(RosRobot):
             self._ros.close()
             raise
 
+    def reset(self, seed: int | None = None) -> None:
+        if self._ros.fault is not None:
+            raise RosError(f"no message is received any more, the thread of ROS died of {self._ros.fault!r}")
+        super().reset(seed)
+
     def close(self) -> None:
         super().close()
         self._ros.close()
 
 
-def make(task: str, clock: Clock, *, profile: str = "virtual", **task_args: Any) -> OwnRosRobot:
-    """A robot by the name of its profile, for ``robopolicy eval --robot ros2 --robot-arg profile=virtual``.
+def make(task: str, clock: Clock, *, profile: str = "virtual", namespace: str = "", **task_args: Any) -> OwnRosRobot:
+    """A robot by the name or file of its profile, for ``robopolicy eval --robot ros2 --robot-arg profile=virtual``.
 
     ``clock`` is ignored: topics have the machine's time. A model that takes a task gets the policy's.
     """
-    return OwnRosRobot(load_profile(profile), task, **task_args)
+    return OwnRosRobot(load_profile(profile), task, namespace, **task_args)

@@ -134,7 +134,7 @@ class RosRobot:
             self._success_told.clear()
             call(self.node, f"{how.node}/{how.service}", TRIGGER)
             if self.profile.success is not None and not self._success_told.wait(ANSWER):
-                raise RosError(f"'{self.profile.success}' said nothing within {ANSWER:g} s of the reset; is the simulator alive?")
+                raise RosError(f"'{self.profile.success}' was not false within {ANSWER:g} s of the reset; who publishes it?")
         self._seen = self._before = None  # no velocity across a reset
         self._await_newer()
         self.seat(self.state().positions)
@@ -278,7 +278,8 @@ class RosRobot:
 
     def _told(self, message: Any) -> None:
         self._success = bool(message.data)
-        self._success_told.set()
+        if not message.data:  # a late "true" of the episode before is no answer to a reset
+            self._success_told.set()
 
     def _key(self, name: str) -> str:
         return name if name in self._paths else f"input.{name}"
