@@ -825,6 +825,33 @@ def test_the_end_of_control_stops_smoothly_and_leaves_no_request_unanswered() ->
     assert cell.mode == "estopped", "an emergency stop counts when nobody listens any more"
 
 
+def test_commands_that_fail_now_and_then_do_not_end_the_ramp_at_the_end() -> None:
+    cell, wait = Cell().started(), [True, False, True]
+    works = cell.robot.command
+
+    def sometimes(positions: np.ndarray) -> None:
+        if wait and wait.pop(0):
+            raise OSError("bus")
+        works(positions)
+
+    cell.robot.command = sometimes  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="bus"):
+        cell.arbiter.end("done")
+    assert cell.robot.stopped
+    assert cell.robot.at == pytest.approx(cell.safety.set_point)
+    assert cell.safety.still
+
+
+def test_a_source_that_cannot_end_has_no_say_any_more() -> None:
+    cell = Cell().started()
+    cell.policy.end = lambda: 1 / 0  # type: ignore[assignment, method-assign]
+    assert cell.ask("stop") == (True, "stops")
+    cell.run(0.5)
+    assert (cell.mode, cell.arbiter.status.source, cell.speed()) == ("stopped", "idle", 0.0)
+    assert "ZeroDivisionError" in cell.arbiter.status.fault
+    assert cell.smooth()
+
+
 def test_control_ends_also_when_the_robot_takes_no_commands() -> None:
     cell = Cell().started()
     cell.robot.broken = {"command"}

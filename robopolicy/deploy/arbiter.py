@@ -178,19 +178,27 @@ class Arbiter:
                 self.robot.stop()
 
     def stand(self, why: str) -> None:
-        """Bring the set point to rest."""
+        """Bring the set point to rest. Raises what commands raised, when it is."""
         self.rest(why)
-        ticker = Ticker(self.clock, self.dt, self.clock.now() + self.dt)
+        ticker, fault = Ticker(self.clock, self.dt, self.clock.now() + self.dt), None
         while not self.safety.still:
-            self._brake(ticker.wait().start)
+            try:
+                self._brake(ticker.wait().start)
+            except Exception as error:  # the next may get through
+                fault = error
+        if fault is not None:
+            raise fault
 
     def rest(self, why: str) -> None:
         """Nobody commands from now on, and the arm decelerates."""
-        self._source.end()
-        self._source, self._starting = self._idle, False
+        source, self._source, self._starting = self._source, self._idle, False
         self.safety.stop(why)
         if self.safety.mode is not Mode.ESTOPPED:
             self._cause = why
+        try:
+            source.end()
+        except Exception as error:  # it has no say any more
+            self.fault = error
 
     def begin(self, source: str, state: State, *, reseat: bool = False) -> tuple[Reason, ...]:
         """Let a source command, from ``state``. Returns why not; then who commanded before still does."""
