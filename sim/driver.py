@@ -1,7 +1,7 @@
 """``Driver``: what stands between the topics of a real arm and its joints, around a :class:`sim.virtual.World`.
 
 It keeps physics in step with a clock, carries out position targets as a robot's controller does, trips like one when they jump,
-and keeps the record by which safety is judged: what the arm did, whatever anybody meant to command. No ROS.
+and keeps the record by which safety is judged (:mod:`sim.record`). No ROS.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from robopolicy.deploy.clock import Clock
 from robopolicy.deploy.limits import SafetyLimits
 from robopolicy.deploy.workspace import Kinematics
 from robopolicy.errors import RobopolicyError
+from sim.record import Record
 from sim.virtual import Joints, World
 
 REFLEX_SPEED = 1.6  # times the joint's rated speed: about where libfranka and UR's controllers stop the arm
 REFLEX_STEP = 0.1  # between two commands [rad]
 MAX_LAG = 0.1  # physics that is this late gives time up instead of catching up [s]
-
-_WINDOW = 0.02  # accelerations are means over so long [s], as far as encoders can tell
-_STILL = 0.01  # [rad/s]
-_POINTS_EVERY = 4  # steps
 
 
 class CommandError(RobopolicyError):
@@ -45,106 +42,6 @@ class Snapshot(NamedTuple):
     joints: Joints
     poses: dict[str, np.ndarray]
     picture: np.ndarray
-
-
-class Record:
-    """The worst of what the joints did and were told to do, against what the arm's maker rates.
-
-    Ratios: 1 is the limit. Joints are those whose tracking is watched: grippers hit things, that is their job.
-
-    Args:
-        limits: Rated limits, workspace and table.
-        kinematics: Of the points that are held against the workspace; None: none are.
-        timestep: Of physics [s].
-        rate: Of commands [Hz].
-    """
-
-    def __init__(self, limits: SafetyLimits, kinematics: Kinematics | None, timestep: float, rate: float) -> None:
-        watched = [i for i, c in enumerate(limits.coordinates) if c.tracking is not None]
-        self._columns, coordinates = np.array(watched), [limits.coordinates[i] for i in watched]
-        self._names = [c.name for c in coordinates]
-        self._lower, self._upper = (np.array([getattr(c, key) for c in coordinates]) for key in ("lower", "upper"))
-        self._rated = {key: np.array([getattr(c, key) for c in coordinates]) for key in ("velocity", "acceleration", "jerk")}
-        self._box, self._kinematics = limits.workspace, kinematics
-        self._timestep, self._period = timestep, 1.0 / rate
-        self._window = max(1, round(_WINDOW / timestep))
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.worst: dict[str, tuple[float, str]] = {}
-        self.counts = dict.fromkeys(("commands", "refused", "ignored", "reflexes", "steps"), 0)
-        self.moved: float | None = None  # when a joint last moved
-        self.commanded: float | None = None  # when a target last changed
-        self._forget()
-
-    def _forget(self) -> None:
-        """The past is not connected to what comes: a reset moved the arm."""
-        n = len(self._columns)
-        self._speeds = np.zeros((self._window + 1, n))
-        self._accelerations = np.zeros((self._window + 1, n))
-        self._since = 0
-        self._commands: list[tuple[float, np.ndarray]] = []
-
-    def restart(self) -> None:
-        """The arm was put elsewhere."""
-        self._forget()
-
-    def step(self, now: float, positions: np.ndarray, velocities: np.ndarray) -> None:
-        """What the joints did in one step of physics."""
-        q, v = positions[self._columns], velocities[self._columns]
-        self.counts["steps"] += 1
-        self._note("position", np.maximum(q - self._upper, self._lower - q))
-        self._note("velocity", np.abs(v) / self._rated["velocity"])
-        if np.abs(v).max() > _STILL:
-            self.moved = now
-        here, before = self._since % (self._window + 1), (self._since + 1) % (self._window + 1)  # of the ring: now, a window ago
-        span = self._window * self._timestep
-        self._speeds[here] = v
-        if self._since >= self._window:
-            acceleration = (v - self._speeds[before]) / span
-            self._note("acceleration", np.abs(acceleration) / self._rated["acceleration"])
-            self._accelerations[here] = acceleration
-            if self._since >= 2 * self._window:
-                self._note("jerk", np.abs(acceleration - self._accelerations[before]) / span / self._rated["jerk"])
-        self._since += 1
-        if self._kinematics is not None and self._box is not None and self.counts["steps"] % _POINTS_EVERY == 0:
-            points = self._kinematics.points(positions)
-            outside = np.maximum(points[0] - self._box.upper, self._box.lower - points[0])
-            self._worst("workspace", float(outside.max()), "xyz"[int(outside.argmax())])
-            if self._box.table is not None:
-                depths = self._box.table - points[:, 2]
-                self._worst("table", float(depths.max()), self._kinematics.names[int(depths.argmax())])
-
-    def command(self, now: float, targets: np.ndarray) -> None:
-        """One command of the watched joints. Rates are per nominal period, or per the time that passed if that was longer."""
-        self.counts["commands"] += 1
-        if self._commands:
-            last_time, last = self._commands[-1]
-            step = np.abs(targets - last)
-            self._note("command_step", step)
-            self._note("command_velocity", step / max(now - last_time, self._period) / self._rated["velocity"])
-            if step.max() > 1e-7:
-                self.commanded = now
-        self._commands = [*self._commands[-3:], (now, targets.copy())]
-        times = np.diff([time for time, _ in self._commands]) / self._period
-        if len(times) == 3 and (np.abs(times - 1.0) < 0.5).all():  # else one may have been lost between them
-            path = np.array([target for _, target in self._commands])
-            for order, key in ((2, "acceleration"), (3, "jerk")):
-                rates = np.abs(np.diff(path, order, axis=0)[-1]) / self._period**order
-                self._note(f"command_{key}", rates / self._rated[key])
-
-    def asdict(self) -> dict[str, Any]:
-        """Worst values with the joint each is of, and counts. ``position`` in rad (negative: room left), poses in m."""
-        return {key: {"worst": value, "of": what} for key, (value, what) in sorted(self.worst.items())} | self.counts
-
-    def _note(self, key: str, values: np.ndarray) -> None:
-        i = int(values.argmax())
-        self._worst(key, float(values[i]), self._names[i])
-
-    def _worst(self, key: str, value: float, what: str) -> None:
-        if key not in self.worst or value > self.worst[key][0]:
-            self.worst[key] = (value, what)
 
 
 class Driver:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ import pydantic
 
 from hardware.ros2 import streams
 from hardware.ros2.contract import LATCHED, STATE_OUT, Quality, message_type
-from hardware.ros2.faults import STREAMS, Faults, Reading
+from hardware.ros2.controllers import Controllers
+from hardware.ros2.fault_parameters import FaultParameters, describe
+from hardware.ros2.faults import STREAMS, Reading
 from hardware.ros2.joints import make_model
 from hardware.ros2.profile import Input, RosProfile, load_profile
 from hardware.ros2.runtime import Ros, RosClock
@@ -31,11 +32,9 @@ from hardware.ros2.streams import Stream
 from robopolicy.config import Config, parse
 from robopolicy.deploy.clock import Ticker
 from robopolicy.errors import ConfigError, RobopolicyError
-from sim.driver import CommandError, Driver
+from sim.driver import Driver
 from sim.virtual import WORLDS, World, make_world
 
-TRAJECTORY_TOPIC = "joint_trajectory_controller/joint_trajectory"
-_COMMANDS = Quality(reliable=True, depth=10)  # as the controllers subscribe: none is skipped while physics is late
 _CAMERAS = Quality(reliable=False)
 _EYES = 20.0  # [s]: for cameras to be made
 _FLUSH = 0.01  # [s]: how finely the delays of pictures are kept
@@ -86,9 +85,9 @@ class VirtualArm:
         self._ended = threading.Event()
         self.fault: BaseException | None = None
         self._publish()
-        self._listen()
+        self._faults = FaultParameters(node, self.streams, clock)
+        Controllers(node, self.driver, self.profile, clock)
         self._serve()
-        self._declare_faults()
         self._seeing = threading.Event()
         self._physics_thread = threading.Thread(target=self._guarded, args=(self._physics,), name="physics")
         pictures = threading.Thread(target=self._guarded, args=(self._pictures,), name="cameras")
@@ -150,57 +149,6 @@ class VirtualArm:
             entry = source.model_copy(update={"type": kind})
             self._cameras.setdefault(name, []).append((stream, entry))
 
-    def _listen(self) -> None:
-        """To commands, as the controllers of the profile do."""
-        profile, names = self.profile, list(self.world.names)
-        if profile.command.type not in ("position", "trajectory"):
-            raise ConfigError(f"the virtual arm takes position and trajectory commands, the profile sends {profile.command.type}")
-        columns = np.array([names.index(name) for name in profile.command.joints])
-
-        def stream(message: Any) -> None:
-            self._refusable(lambda: self.driver.stream(columns, np.array(message.data)))
-
-        def follow(message: Any) -> None:
-            self._refusable(lambda: self._follow(message, columns))
-
-        position, trajectory = message_type("std_msgs/msg/Float64MultiArray"), message_type("trajectory_msgs/msg/JointTrajectory")
-        if profile.command.type == "position":
-            self.node.create_subscription(position, profile.command.topic, stream, _COMMANDS.to_ros())
-            self.node.create_subscription(trajectory, TRAJECTORY_TOPIC, follow, _COMMANDS.to_ros())
-        else:
-            self.node.create_subscription(trajectory, profile.command.topic, follow, _COMMANDS.to_ros())
-        gripper = profile.gripper
-        if gripper is not None and gripper.type == "float64":
-            scale, offset = gripper.scale, gripper.offset
-
-            def grip(message: Any) -> None:
-                self._refusable(lambda: self.driver.grip(scale * message.data + offset))
-
-            self.node.create_subscription(message_type("std_msgs/msg/Float64"), gripper.topic, grip, _COMMANDS.to_ros())
-
-    def _follow(self, message: Any, columns: np.ndarray) -> None:
-        """As joint_trajectory_controller: joints by name, all of them; a stamp of 0 is now; the last point stands still."""
-        names = list(self.profile.command.joints)
-        if sorted(message.joint_names) != sorted(names):
-            raise self.driver.refusal(
-                f"trajectory for {', '.join(message.joint_names) or 'no joints'}; expected {', '.join(names)}"
-            )
-        order = columns[[names.index(name) for name in message.joint_names]]
-        if message.points and any(abs(v) > 1e-9 for v in message.points[-1].velocities):
-            raise self.driver.refusal("the last point of a trajectory must have no velocity")
-        begin = 0.0 if (made := self._clock.made(message.header.stamp)) is None else made - self._clock.now()
-        times = [begin + p.time_from_start.sec + 1e-9 * p.time_from_start.nanosec for p in message.points]
-        self.driver.follow(order, np.array(times), np.array([list(p.positions) for p in message.points]))
-
-    def _refusable(self, command: Callable[[], None]) -> None:
-        before = self.driver.reflex
-        try:
-            command()
-        except CommandError as error:
-            self.node.get_logger().warning(str(error), throttle_duration_sec=1.0)
-        if self.driver.reflex and not before:
-            self.node.get_logger().error(f"reflex: {self.driver.reflex}; the arm stands until ~/reset_reflex")
-
     # ---- services and parameters ---------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
@@ -218,7 +166,7 @@ class VirtualArm:
 
         offer("reset", self._reset)
         offer("reset_reflex", lambda: self._done(self.driver.reset_reflex, "takes commands again"))
-        offer("clear_faults", self._clear_faults)
+        offer("clear_faults", lambda: self._done(self._faults.clear, "no faults"))
         offer("record", lambda: self._write(self.driver.report()))
         offer("clear_record", lambda: self._done(self._clear_record, "begun anew"))
 
@@ -234,52 +182,14 @@ class VirtualArm:
         return f"episode of seed {seed}"
 
     def _write(self, report: dict[str, Any]) -> str:
-        faults = {kind: self._counted(kind) for kind in STREAMS}
-        text = json.dumps(report | {"faults": faults, "faults_set_at": self._faults_set}, indent=2)
+        text = json.dumps(report | {"faults": self._faults.counted(), "faults_set_at": self._faults.set_at}, indent=2)
         if self.config.record_path:
             Path(self.config.record_path).write_text(text + "\n")
         return text
 
     def _clear_record(self) -> None:
         self.driver.clear_record()
-        for stream in (stream for streams_ in self.streams.values() for stream in streams_):
-            stream.channel.counters.clear()
-
-    def _counted(self, kind: str) -> dict[str, int]:
-        counted: Counter[str] = Counter()
-        for stream in self.streams[kind]:
-            counted.update(stream.channel.counters)
-        return dict(counted)
-
-    def _declare_faults(self) -> None:
-        for kind in STREAMS:
-            for name, field in Faults.model_fields.items():
-                self.node.declare_parameter(f"faults.{kind}.{name}", field.default, describe(Faults, name))
-        self._set_faults([])
-        self.node.add_on_set_parameters_callback(self._set_faults)
-
-    def _set_faults(self, changes: Sequence[Any]) -> Any:
-        changed = {parameter.name: parameter.value for parameter in changes}
-        self._faults_set = self._clock.now()
-        result = message_type("rcl_interfaces/msg/SetParametersResult")(successful=True)
-        try:
-            for kind in STREAMS:
-                names = {name: f"faults.{kind}.{name}" for name in Faults.model_fields}
-                now = {name: changed.get(key, self.node.get_parameter(key).value) for name, key in names.items()}
-                faults = parse(Faults, now, where=f"faults.{kind}")
-                for stream in self.streams[kind]:
-                    stream.channel.faults = faults
-        except RobopolicyError as error:
-            result.successful, result.reason = False, str(error)
-        return result
-
-    def _clear_faults(self) -> str:
-        from rclpy.parameter import Parameter
-
-        fields = Faults.model_fields.items()
-        defaults = [Parameter(f"faults.{kind}.{name}", value=field.default) for kind in STREAMS for name, field in fields]
-        self.node.set_parameters(defaults)
-        return "no faults"
+        self._faults.clear_counters()
 
     # ---- threads -------------------------------------------------------------------------------------------------------------
 
@@ -342,19 +252,6 @@ def _world(profile: RosProfile, task: str) -> World:
         if getattr(world, "names", None) == profile.names:
             return make_world(name, task or profile.model.args.get("task", ""))
     raise ConfigError(f"no simulated arm has the profile's coordinates {', '.join(profile.names)}; take 'virtual' or 'panda'")
-
-
-def describe(config: type[Config], name: str, read_only: bool = False) -> Any:
-    """A parameter's descriptor out of a config's field: description and range."""
-    field = config.model_fields[name]
-    found = message_type("rcl_interfaces/msg/ParameterDescriptor")(description=field.description or "", read_only=read_only)
-    low = next((m.ge for m in field.metadata if hasattr(m, "ge")), None)
-    high = next((m.le for m in field.metadata if hasattr(m, "le")), None)
-    if low is not None and high is not None:
-        kind = "IntegerRange" if field.annotation is int else "FloatingPointRange"
-        bounds = message_type(f"rcl_interfaces/msg/{kind}")(from_value=low, to_value=high)
-        setattr(found, "integer_range" if field.annotation is int else "floating_point_range", [bounds])
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
