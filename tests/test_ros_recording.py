@@ -59,7 +59,7 @@ class World:
 
     def __init__(self, recording: Recording, start: float = 100.0) -> None:
         self.recording, self.now, self.tick = recording, start, 0
-        self.camera, self.commands, self.lag = True, True, 0.08
+        self.camera, self.commands, self.wants, self.lag = True, True, True, 0.08
         self.waiting: list[tuple[float, str, Any, Stamp]] = []
 
     @staticmethod
@@ -74,7 +74,8 @@ class World:
                 self._send("front", np.full((8, 8, 3), self.tick // 4 % 256, np.uint8), now, self.lag)
             if self.commands:
                 tracks[EXECUTED].add(self.at(now) + 0.01, Stamp(now))
-                tracks[COMMANDED].add(self.at(now) + 0.02, Stamp(now))
+                if self.wants:
+                    tracks[COMMANDED].add(self.at(now) + 0.02, Stamp(now))
             for due, name, value, stamp in [m for m in self.waiting if m[0] <= now + 1e-9]:
                 tracks[name].add(value, Stamp(due, stamp.made))
             self.waiting = [m for m in self.waiting if m[0] > now + 1e-9]
@@ -210,6 +211,22 @@ def test_an_arm_that_is_led_by_hand_learns_from_where_it_was_led(tmp_path: Path)
     due = began + stored["timestamp"][:, 0]
     np.testing.assert_allclose(stored["action"], [world.at(t + 1 / RATE)[[1, 0]] for t in due], atol=0.0101)
     recording.close()
+
+
+def test_what_nobody_wants_any_more_is_not_stored_as_wanted(recording: Recording) -> None:
+    world = World(recording)
+    world.run(0.3)
+    recording.start(world.now)
+    world.run(1.0)
+    recording.tracks[COMMANDED] = Track()  # the policy is stopped, the arm goes home
+    recording.tracks[COMMANDED].add(np.array([9.0, 9.0]), Stamp(world.now))
+    world.wants = False
+    world.run(1.5)
+    recording.stop()
+    stored = episode(recording)
+    off = np.abs(stored[COMMANDED] - stored[EXECUTED]).max(axis=1)
+    np.testing.assert_array_equal(off[-10:], 0)
+    assert off.max() > 5
 
 
 def test_discarded_episodes_leave_no_trace_and_a_store_goes_on(tmp_path: Path) -> None:

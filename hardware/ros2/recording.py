@@ -241,7 +241,8 @@ class Recording:
         state: State = present[STATE].value
         measured = Measured(state.positions, state.velocities, {name: present[name].value for name in self.model.inputs})
         told = after.value.positions if executed is None else executed.value
-        commanded = self.tracks[COMMANDED].at(due + self.period)
+        wanted = self.tracks[COMMANDED].at(due + self.period)
+        silent = wanted is None or due + self.period - wanted.made > _SILENT  # nobody wants anything: the arm holds, goes home
         aim = after.value.positions if self.config.action == "measured" else told
         sources = [present[name] for name in self.sources]
         if not self.steps:
@@ -253,7 +254,7 @@ class Recording:
                 "joint_positions": state.positions,
                 "joint_velocities": state.velocities,
                 EXECUTED: told,
-                COMMANDED: told if commanded is None else commanded.value,
+                COMMANDED: told if wanted is None or silent else wanted.value,
                 "timestamp": np.array([due - self._first]),
                 "stamps": np.array([entry.made - self._first for entry in sources]),
                 "arrivals": np.array([entry.stamp.came - self._first for entry in sources]),
