@@ -253,6 +253,8 @@ def test_a_second_master_on_the_command_topic_is_refused(active: Stand) -> None:
 
 def test_enable_starts_and_stops(active: Stand) -> None:
     assert active.rig.enable(True) == (True, "policy begins")
+    active.ros.spin(0.03)
+    assert active.rig.told[-1]["mode"] == "running"  # said with the answer, not with the next diagnostics
     assert active.rig.enable(False)[0]
     assert active.rig.mode("stopped")["cause"] == "disabled"
     active.still()

@@ -33,6 +33,7 @@ from robopolicy.deploy.status import Status
 _HANGS = 0.5  # [s] without a period
 _SAME = 5.0  # [s] in which a kind of intervention is logged once
 _MISSED = 0.01  # share of periods from which on the timing is worth a warning
+_MODES = ("stop", "estop")  # interventions that ~/state tells
 _WANTED = ("asked", "disabled", "idle", "home reached", "control ends")  # causes of stops that somebody meant
 
 
@@ -172,7 +173,7 @@ class Reporter:
         self._logged = {kind: seen for kind, seen in self._logged.items() if kind in events}
         for kind, count in events.items():
             when, before = self._logged.get(kind, (-math.inf, 0))
-            if count > before and now > when + _SAME:
+            if kind not in _MODES and count > before and now > when + _SAME:
                 reasons = [reason for reason in (status.reasons if status else ()) if reason.startswith(kind)]
                 self._node.get_logger().warning(f"safety: {'; '.join(reasons) or kind} ({count - before} times)")
                 self._logged[kind] = now, count

@@ -229,6 +229,10 @@ class PolicyNode(LifecycleNode):
         self._followed = self._commanded.get_subscription_count() > 0
         if time.monotonic() >= self._next_try:
             self._autostart()
+        self.report()
+
+    def report(self) -> None:
+        """~/state and diagnostics, now: whoever was answered finds them up to date."""
         self.reporter.report(self.lifecycle, self.refused, self.requests.estopped, self.deployment, self.robot)
 
     def _autostart(self) -> None:

@@ -98,6 +98,7 @@ class Requests:
     def _answer(self, response: Any, name: str, ok: bool, message: str) -> Any:
         response.success, response.message = ok, message
         self._node.refuse("" if ok else f"{name} refused: {message}")
+        self._node.report()
         return response
 
     # ---- the thread of the arm's topics --------------------------------------------------------------------------------------
