@@ -134,6 +134,10 @@ def test_trajectories_and_the_gripper(arm: Arm) -> None:
     point.velocities = [0.1] * 7
     publisher.publish(trajectory)
     arm.ros.until(lambda: arm.record()["refused"] == 1, 5.0, "the refusal of a moving end")
+    ragged = type(point)(positions=[0.0] * 6)
+    trajectory.points = [point, ragged]
+    publisher.publish(trajectory)
+    arm.ros.until(lambda: arm.record()["refused"] == 2, 5.0, "the refusal of a point that is too short")
 
 
 def test_success_is_said_after_every_reset(arm: Arm) -> None:
