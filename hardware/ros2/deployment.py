@@ -202,7 +202,7 @@ def deploy(config: DeployConfig, robot: Robot, clock: Clock, profile: RosProfile
             torch.Generator().manual_seed(config.seed),
             EngineConfig(fifo=None if fifo is None else max(1, fifo - 1)),
         )
-        between = InterpolationConfig.of(robot.action_feature, getattr(getattr(policy, "config", None), "action", None))
+        between = InterpolationConfig.of_policy(robot.action_feature, policy)
         guard = StartGuard.of(policy)
         source = PolicySource(robot, engine, executor, limits, control, between, guard)
         source.prepare()

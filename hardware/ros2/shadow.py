@@ -144,7 +144,7 @@ def shadow(path: str | Path, config: DeployConfig, *, namespace: str = "", laten
                 delay=latency,
             )
             control = ControlConfig(n_obs_steps=planner.policy.n_obs_steps, replan=config.replan or planner.policy.n_action_steps)
-            between = InterpolationConfig.of(action, getattr(getattr(planner.policy, "config", None), "action", None))
+            between = InterpolationConfig.of_policy(action, planner.policy)
             source = PolicySource(robot, engine, make_executor(config.executor), limits, control, between)
             return _run(path, bag, node, clock, robot, source, profile, limits.rate)
         finally:

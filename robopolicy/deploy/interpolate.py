@@ -18,9 +18,7 @@ from robopolicy.features import Feature
 
 if TYPE_CHECKING:  # torch stays out of control
     from robopolicy.data.actions import ActionConfig
-    from robopolicy.deploy.exported import ExportedPolicy
     from robopolicy.deploy.manifest import Manifest
-    from robopolicy.policy import Policy
 
 _SHORTEST = 0.25  # of a row: what is due sooner is passed over for the row after it
 
@@ -47,10 +45,11 @@ class InterpolationConfig(Config):
     ahead: int = pydantic.Field(default=0, ge=0, le=1)
 
     @classmethod
-    def of_policy(cls, action: Feature, policy: Policy | ExportedPolicy, **changes: Any) -> Self:
-        """What the names of a robot's action and the poses in its policy's say, of a checkpoint or an export alike."""
-        manifest: Manifest | None = getattr(policy, "manifest", None)
-        return cls.of(action, policy.config.action if manifest is None else manifest, **changes)  # type: ignore[union-attr]
+    def of_policy(cls, action: Feature, policy: object, **changes: Any) -> Self:
+        """What the names of a robot's action and the poses in its policy's say: of a checkpoint, or of an export alike."""
+        manifest: Manifest | None = getattr(policy, "manifest", None)  # of an export
+        transform: ActionConfig | None = getattr(getattr(policy, "config", None), "action", None)
+        return cls.of(action, transform if manifest is None else manifest, **changes)
 
     @classmethod
     def of(cls, action: Feature, config: ActionConfig | Manifest | None = None, **changes: Any) -> Self:

@@ -181,7 +181,7 @@ def _loop(
     else:
         engine = Engine(plans, period, clock, generator)
     config = ControlConfig(n_obs_steps=policy.n_obs_steps, replan=replan or policy.n_action_steps)
-    between = InterpolationConfig.of(robot.action_feature, policy.config.action if isinstance(policy, Policy) else None)
+    between = InterpolationConfig.of_policy(robot.action_feature, policy)
     safety = SafetyFilter(bounds, robot.kinematics)
     return ControlLoop(robot, engine, make_executor(executor), safety, clock, config, between)
 
