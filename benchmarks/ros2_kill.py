@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.ros2_cell import ARM, POLICY, wanderer
 from benchmarks.ros2_watch import Watch, WatchedCell
+from hardware.ros2 import shm
 from hardware.ros2.profile import load_profile
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
@@ -46,6 +47,7 @@ def trial(args: argparse.Namespace, victim: str, seed: int, folder: Path) -> dic
         pids = cell.pids()
         pid, inference = pids[{"node": POLICY, "inference": "inference", "arm": ARM}[victim]], pids.get("inference")
         speed = _speed(watch, profile.rate)
+        left = shm.segments(pid)
         os.kill(pid, signal.SIGKILL)
         killed = time.monotonic()
         said = len(cell.said)
@@ -66,6 +68,7 @@ def trial(args: argparse.Namespace, victim: str, seed: int, folder: Path) -> dic
             found["said_s"] = later[0].time - killed if later else None
             moved = np.array([step.max() > 1e-7 for step in np.abs(np.diff(watch.targets[: len(arrivals)], axis=0))])
             found["targets_moved_s"] = float(arrivals[1:][moved][-1] - killed) if moved.any() else 0.0
+        shm.remove(path for path in shm.leftovers(age=0.0) if shm.belongs(path, left))  # what a killed process cannot
         return found
 
 

@@ -49,6 +49,13 @@ def test_a_healthy_robot_has_no_findings() -> None:
     assert all(check.found for check in judge(PROFILE, TOPICS, healthy(), POLICY))
 
 
+def test_our_node_speaks_to_the_robot_by_a_node_apart() -> None:
+    seen = healthy()
+    for key in ("command", "gripper"):
+        seen[key].publishers = [End(f"{POLICY}_io", seen[key].publishers[0].type)]
+    assert findings(seen) == []
+
+
 def test_no_robot_is_a_note_that_says_how_to_start_one() -> None:
     (check,) = judge(PROFILE, TOPICS, {topic.key: Seen(f"/{topic.name}") for topic in TOPICS}, POLICY)
     assert check.level == "note"

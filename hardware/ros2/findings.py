@@ -130,7 +130,7 @@ def _stamps(entry: Seen) -> list[Check]:
 def _commanded(entry: Seen, policy: str) -> list[Check]:
     """The command topic: one publisher, one controller."""
     checks = []
-    strangers = [end.node for end in entry.publishers if end.node != policy]
+    strangers = [end.node for end in entry.publishers if end.node not in (policy, f"{policy}_io")]  # messages have a node apart
     if len(entry.publishers) > 1:
         found = (
             f"{len(entry.publishers)} publishers: {', '.join(end.node for end in entry.publishers)}; the arm gets both's commands"
@@ -148,9 +148,9 @@ def _commanded(entry: Seen, policy: str) -> list[Check]:
 def _describe(entry: Seen) -> str:
     parts = []
     if entry.publishers:
-        parts.append("from " + ", ".join(end.node for end in entry.publishers))
+        parts.append("from " + ", ".join(dict.fromkeys(end.node for end in entry.publishers)))
     if entry.subscriptions:
-        parts.append("to " + ", ".join(end.node for end in entry.subscriptions))
+        parts.append("to " + ", ".join(dict.fromkeys(end.node for end in entry.subscriptions)))
     if entry.rate:
         parts.append(f"{entry.rate:.0f} Hz")
     if entry.largest:
