@@ -9,7 +9,7 @@ The process is a fresh interpreter: it imports what the planner needs and nothin
 and ends when its standard input closes, so it never outlives the caller, however that dies. It ignores Ctrl-C: a caller that
 brakes the arm first still gets plans. Noise is drawn from the caller's generator, whose state travels there and back: plans are
 those of the same planner in this process, to the bit. Images travel through memory that both share and that has no name.
-Measured beside others on two cores (load 5, n = 1000, median): .11 ms a plan more than in this process, .35 ms with 600 KB of images,
+Measured on two busy cores (load 5, n = 1000, median): .11 ms a plan more than in this process, .35 ms with 600 KB of images,
 2.3 ms with 3.6 MB.
 """
 
