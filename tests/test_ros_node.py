@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,8 @@ def test_a_second_master_on_the_command_topic_is_refused(active: Stand) -> None:
 def test_enable_starts_and_stops(active: Stand) -> None:
     assert active.rig.enable(True) == (True, "policy begins")
     active.ros.spin(0.03)
-    assert active.rig.told[-1]["mode"] == "running"  # said with the answer, not with the next diagnostics
+    assert active.rig.told[-1]["source"] == "policy"  # said with the answer, not with the next diagnostics
+    active.rig.mode("running")
     assert active.rig.enable(False)[0]
     assert active.rig.mode("stopped")["cause"] == "disabled"
     active.still()
@@ -338,6 +340,46 @@ def test_the_emergency_stop_topic_is_heard_whatever_its_publisher_promises(runni
     running.ros.spin(0.2)
     running.ros.node.destroy_publisher(button)
     assert running.rig.told[-1]["mode"] == "estopped"
+
+
+def test_a_reset_alone_moves_nothing_though_the_node_starts_by_itself(stand: Stand) -> None:
+    assert stand.rig.set(autostart=True) == []
+    assert stand.rig.call("estop")[0]
+    assert stand.rig.to("activate")
+    stand.ros.spin(1.2)  # it would try once a second
+    assert stand.rig.call("reset")[0]
+    stand.ros.spin(1.5)
+    assert stand.sent() == []
+    assert stand.rig.call("start")[0]
+    stand.rig.mode("running")
+    assert stand.rig.set(autostart=False) == []
+
+
+def test_it_starts_by_itself_once_and_only_once(stand: Stand) -> None:
+    """Whoever else starts it meanwhile, and whatever stops it then: a person starts it again."""
+    stand.driver.alive = False
+    stand.ros.spin(0.3)
+    assert stand.rig.set(autostart=True) == []
+    assert stand.rig.to("activate")
+    stand.rig.until(lambda told: "autostart refused" in told["refused"])
+    stand.driver.alive = True
+    stand.ros.until(lambda: stand.rig.call("start")[0] or stand.rig.told[-1]["source"] == "policy", what="a start")
+    stand.rig.mode("running")
+    stand.driver.alive = False
+    stand.rig.mode("stopped")
+    stand.driver.alive = True
+    stand.ros.spin(2.2)
+    assert stand.rig.told[-1]["mode"] == "stopped"
+    assert stand.rig.set(autostart=False) == []
+
+
+def test_a_stop_waits_for_no_start_that_waits_for_its_plan(active: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(active.rig.node.deployment._policy, "ready", lambda now: False)
+    assert active.rig.call("start") == (True, "policy begins")
+    begin = time.monotonic()
+    assert active.rig.enable(False)[0]
+    assert time.monotonic() - begin < 0.5
+    active.rig.mode("stopped")
 
 
 def test_an_emergency_stop_while_inactive_counts(stand: Stand) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Mapping
 from enum import IntEnum
@@ -152,20 +153,23 @@ class Reporter:
         self._state = node.create_publisher(String, "~/state", LATCHED.to_ros())
         self._said: dict[str, str] = {}
         self._logged: dict[str, tuple[float, int]] = {}  # kind of intervention: when, and how many there were
+        self._lock = threading.Lock()
 
     def report(self, lifecycle: str, refused: str, estopped: str, deployment: Deployment | None, robot: RosRobot | None) -> None:
-        """Everything, now."""
+        """Everything, now. From any thread."""
         arbiter = None if deployment is None else deployment.arbiter
         status = None if arbiter is None else arbiter.status
         config = parameters.read(self._node)
         facts = {"checkpoint": config.checkpoint, "profile": config.profile, "drives": config.mode, "estopped": estopped}
         entries = [node(lifecycle, refused, facts)]
         if status is not None and deployment is not None and robot is not None:
-            rejected = {f"{name}: {kind}": count for name, slot in robot.slots.items() for kind, count in slot.rejected.items()}
+            slots = [(name, slot.rejected.copy()) for name, slot in robot.slots.items()]  # it may grow meanwhile
+            rejected = {f"{name}: {kind}": count for name, counts in slots for kind, count in counts.items()}
             entries += health(status, self._clock.now(), deployment.limits, rejected)
-        self._log(status)
-        self._tell(lifecycle, refused, estopped, status, {"checkpoint": config.checkpoint, "profile": config.profile})
-        self._diagnostics.publish(to_message(entries, self._node.get_name(), config.profile, self._clock.stamp()))
+        with self._lock:
+            self._log(status)
+            self._tell(lifecycle, refused, estopped, status, {"checkpoint": config.checkpoint, "profile": config.profile})
+            self._diagnostics.publish(to_message(entries, self._node.get_name(), config.profile, self._clock.stamp()))
 
     def _log(self, status: Status | None) -> None:
         """Interventions, when a kind of them begins; not one that comes and goes every few periods."""

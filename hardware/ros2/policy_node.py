@@ -2,8 +2,8 @@
 
 Threads, and who may wait::
 
-    main        lifecycle, parameters, ~/start, ~/home, ~/reset, diagnostics: takes seconds when it loads policies
-    ros         joint states, cameras, deadman, estop, ~/stop, ~/estop: never waits for the above
+    main        lifecycle, parameters, diagnostics: takes seconds when it loads policies
+    ros         joint states, cameras, deadman, estop, ~/start, ~/stop, ...: in the order they come; never waits for the above
     control     Arbiter.run: absolute deadlines, waits for nobody
     inference   in a thread, or in a process of its own
 
@@ -42,6 +42,7 @@ NAME = "robopolicy_policy"
 _TICK = 0.1  # [s] between diagnostics
 _POLL = 0.05  # [s] between looks at what is missing
 _NOT_READY = "the robot is not ready"
+_BUSY = 0.3  # [s] that inputs get to become fresh
 _RETRY = 1.0  # [s] between attempts of autostart
 _AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
 _ANY_TIME = {"autostart", "ready_timeout"}
@@ -73,7 +74,7 @@ class PolicyNode(LifecycleNode):
         self.over = False
         self._time, self._messages, self._ending = RosClock(), messages, ending or threading.Event()
         self._configures = True  # autostart; it tries until it works, or never will
-        self._starts: int | None = None  # autostart, unless somebody has stopped since
+        self._starts: int | None = None  # autostart, unless somebody has started or stopped since
         self._next_try = 0.0
         parameters.declare(self)
         parameters.read(self)
@@ -163,8 +164,19 @@ class PolicyNode(LifecycleNode):
         if (fault := self.deployment.fault) is not None:
             raise RosError(f"{fault}; cleanup and configure begin another")
         self._names = list(self.deployment.limits.names)
-        self.deployment.activate(self.requests.estopped, self._show)
-        self._starts = self.requests.halts if parameters.read(self).autostart else None
+        acts = self.requests.acts
+        arbiter = self.deployment.activate(self.requests.estopped, self._show)
+        if self.requests.estopped:  # it may have come while there was no arbiter yet
+            arbiter.request("estop", why=self.requests.estopped)
+        self._starts = acts if parameters.read(self).autostart and not self.requests.estopped else None
+        self._catch_up(self.deployment.limits.freshness.state)
+
+    def _catch_up(self, fresh: float) -> None:
+        """Messages have waited while this process was busy with freezing what exists: a start now would find them old."""
+        assert self.robot is not None
+        slots, end = self.robot.slots.values(), time.monotonic() + _BUSY
+        while time.monotonic() < end and any(slot.age(self._time.now()) > fresh for slot in slots):
+            time.sleep(0.01)
 
     def _deactivate(self) -> None:
         """The policy ends first, then the arm comes to rest, then nothing is sent any more."""
@@ -237,12 +249,11 @@ class PolicyNode(LifecycleNode):
 
     def _autostart(self) -> None:
         if self._starts is not None:
-            if self._starts != self.requests.halts:  # somebody stopped: a person starts it then
+            if self._starts != self.requests.acts:  # it has started, or somebody else did, or stopped: a person starts it then
                 self._starts = None
                 return
-            ok, message = self.requests.start()
+            ok, message = self.requests.start(acts=self._starts)
             self.refuse("" if ok else f"autostart refused: {message}")
-            self._starts = None if ok else self._starts
         elif self._configures and self.lifecycle == "unconfigured" and self.get_parameter("autostart").value:
             done = self.trigger_configure() == SUCCESS and self.trigger_activate() == SUCCESS
             self._configures = not done and _NOT_READY in self.refused  # an arm may come later, a checkpoint will not
@@ -274,10 +285,10 @@ def main(args: Sequence[str] | None = None) -> int:
                 ros.spin(until=lambda: node.over)
             finally:
                 node.shutdown()
+            return 1 if messages.fault is not None else 0
     except (RobopolicyError, ParameterException) as error:
         print(f"{NAME}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

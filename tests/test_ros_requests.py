@@ -1,0 +1,122 @@
+"""What is asked of the policy node, in the worst order: no emergency stop is lost, and no start comes after its stop."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from std_msgs.msg import Bool
+
+from hardware.ros2.requests import Requests
+from robopolicy.deploy.requests import Ticket
+
+
+class Arbiter:
+    """Answers at once; ``meanwhile`` happens between an answer and who asked.
+
+    Attributes:
+        asked: What, in order.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.meanwhile: dict[str, Callable[[], Any]] = {}
+
+    def request(self, name: str, **arguments: Any) -> Ticket:
+        ticket = Ticket(name, arguments, 0.0)
+        self.asked.append(name)
+        ticket.settle(True, "done")
+        if act := self.meanwhile.pop(name, None):
+            act()
+        return ticket
+
+
+class Node:
+    """As much of the policy node as requests look at."""
+
+    lifecycle = "active"
+
+    def __init__(self) -> None:
+        self.arbiter, self.io, self.refused, self.reports = Arbiter(), self, "", 0
+        self.problems: Callable[[], list[str]] = list
+        self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
+        self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), rivals=list)
+
+    def get_fully_qualified_name(self) -> str:
+        return "/node"
+
+    def create_subscription(self, *arguments: Any, **options: Any) -> None: ...
+
+    create_service = create_subscription
+
+    def refuse(self, what: str) -> None:
+        self.refused = what
+
+    def report(self) -> None:
+        self.reports += 1
+
+
+@pytest.fixture
+def node() -> Node:
+    return Node()
+
+
+@pytest.fixture
+def requests(node: Node) -> Requests:
+    return Requests(node)  # type: ignore[arg-type]
+
+
+def test_an_emergency_stop_that_is_latched_is_asked_for_again(node: Node, requests: Requests) -> None:
+    """The arbiter may just have been reset."""
+    for _ in range(2):
+        requests._on_estop(Bool(data=True))
+    assert node.arbiter.asked == ["estop", "estop"]
+    requests._on_estop(Bool(data=False))
+    assert node.arbiter.asked == ["estop", "estop"]
+    assert requests.estopped == "topic estop"
+
+
+def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requests) -> None:
+    """Autostart asks on the main thread; a stop is heard while it looks at the topics."""
+    before = requests.acts
+
+    def stopped() -> list[str]:
+        requests._on_halt("stop", None, SimpleNamespace())
+        return []
+
+    node.problems = stopped
+    ok, message = requests.start(acts=before)
+    assert not ok
+    assert "call ~/start" in message
+    assert node.arbiter.asked == ["stop"]
+
+
+def test_an_emergency_stop_meanwhile_refuses_the_start(node: Node, requests: Requests) -> None:
+    node.problems = lambda: requests._on_estop(Bool(data=True)) or []  # type: ignore[func-returns-value]
+    assert requests.start() == (False, "estopped (topic estop): reset first, then start")
+    assert node.arbiter.asked == ["estop"]
+
+
+@pytest.mark.parametrize("lifecycle", ["unconfigured", "inactive", "activating", "deactivating", "finalized"])
+def test_nothing_starts_while_the_node_is_not_active(node: Node, requests: Requests, lifecycle: str) -> None:
+    node.lifecycle = lifecycle
+    for name in ("start", "home"):
+        assert requests.start(name) == (False, f"the node is {lifecycle}; configure and activate it first")
+    assert node.arbiter.asked == []
+    requests._on_halt("stop", None, SimpleNamespace())
+    assert node.arbiter.asked == ["stop"]  # but whatever there is can be stopped
+
+
+def test_an_arm_that_the_node_lets_go_of_meanwhile_is_an_answer_and_no_end(node: Node, requests: Requests) -> None:
+    """An exception in a callback would end the thread that hears stops."""
+    node.problems = lambda: [str(1 // 0)]
+    response = SimpleNamespace()
+    requests._on_enable(SimpleNamespace(data=True), response)
+    assert (response.success, response.message) == (False, "ZeroDivisionError: integer division or modulo by zero")
+    assert node.refused.startswith("enable refused")
+    node.deployment = None
+    requests._on_halt("estop", None, response)
+    assert response.message == "the node is active: nothing moves"
+    requests._on_deadman(Bool(data=True))
+    assert requests.reset() == (True, "released")
+    assert requests.estopped == ""
