@@ -47,6 +47,9 @@ class Snapshot(NamedTuple):
 class Driver:
     """Set points, reflexes and time of one arm. Every method may be called from any thread.
 
+    A command takes effect when it comes, not when physics is stepped next: physics that is late on a busy machine would otherwise
+    see several commands at once, and jerk as no arm does.
+
     Args:
         world: Moved by nobody else; reset.
         limits: Of the arm, for reflexes and the record; their names are the world's.
@@ -110,6 +113,7 @@ class Driver:
         targets, columns = np.asarray(targets, np.float64), np.asarray(columns)
         with self._lock:
             self._check(targets, columns)
+            self.advance()
             now, full = self._clock.now(), self._goal.copy()
             full[columns] = targets
             watched = full[self._watched]
@@ -126,6 +130,7 @@ class Driver:
         """A target of the last coordinate; its own controller takes care of it."""
         with self._lock:
             self._check(np.array([width]), np.array([-1]))
+            self.advance()
             self._goal = self._goal.copy()
             self._goal[-1], self._left[-1] = width, 1
 
@@ -143,6 +148,7 @@ class Driver:
                 raise self.refusal("times of a trajectory must increase, and not all be past")
             for point in points:
                 self._check(point, columns)
+            self.advance()
             now = self._clock.now()
             full = np.repeat(self._goal[None], len(points), axis=0)
             full[:, columns] = points
