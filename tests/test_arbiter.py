@@ -569,6 +569,41 @@ def test_a_robot_that_hangs_for_long_is_a_gap_and_nothing_jumps() -> None:
     assert cell.mode == "running"
 
 
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_pause_longer_than_a_hold_may_last_needs_a_start(awaited: bool) -> None:
+    """A program that was halted, in a debugger or by the system, must not move the arm when it goes on."""
+    cell = Cell(delay=0.8)
+    assert cell.ask("start")[0]
+    cell.run(0.2 if awaited else 1.2)
+    assert cell.mode == ("starting" if awaited else "running")
+    cell.clock.time += 10.0
+    cell.run(1.5)
+    assert cell.mode == "stopped"
+    assert "no period for 10.0 s" in cell.cause
+    assert cell.speed() == 0.0
+    assert cell.ask("start")[0]
+
+
+def test_a_first_plan_from_a_world_of_long_ago_is_not_carried_out() -> None:
+    """The arm stood meanwhile, others did not."""
+    cell = Cell(threaded=True)
+    cell.planner.gate.clear()
+    assert cell.ask("start")[0]
+    cell.run(5.0)
+    cell.planner.gate.set()
+    asked, answers = len(cell.planner.asked), cell.engine.latency.count
+    while cell.engine.latency.count == answers:
+        time.sleep(0.001)
+    cell.run(1 / HZ)
+    assert cell.mode == "starting"
+    while cell.engine.latency.count == answers + 1:
+        time.sleep(0.001)
+    cell.run(1 / HZ)
+    assert len(cell.planner.asked) == asked + 1
+    assert cell.mode == "running"
+    cell.engine.close()
+
+
 def test_too_many_late_periods_stop_the_arm() -> None:
     cell = Cell(max_missed=5).started()
     works = cell.robot.command

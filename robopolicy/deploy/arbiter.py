@@ -163,6 +163,7 @@ class Arbiter:
         """One period. An exception stops the arm smoothly, and is kept in ``fault``."""
         self.skipped += tick.skipped
         self._heed(tick.start)
+        self._wake(tick)
         try:
             self._period(tick)
         except Exception as error:
@@ -302,6 +303,12 @@ class Arbiter:
                 self._send(self._result.executed)
         except Exception as again:  # nothing more can be done in this period
             self.fault = again
+
+    def _wake(self, tick: Tick) -> None:
+        """Nobody looked after the arm for longer than holds may last: it does not go on by itself."""
+        fresh, asleep = self.safety.limits.freshness, tick.skipped * self.dt
+        if asleep > max(self.safety.limits.auto_resume, fresh.gap) and self._source is not self._idle:
+            self.rest(f"watchdog: no period for {asleep:.1f} s")
 
     def _account(self, tick: Tick) -> None:
         missed = tick.skipped > 0 or self.clock.now() > tick.deadline + self.dt

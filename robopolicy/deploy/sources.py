@@ -11,6 +11,7 @@ All run on the control thread: nothing in them waits.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -188,6 +189,7 @@ class PolicySource:
         self.robot, self.engine, self.executor, self.limits, self.guard = robot, engine, executor, limits, guard
         self.config = config or ControlConfig()
         self.dt, self.row = 1.0 / limits.rate, 1.0 / action.rate
+        self._oldest = math.inf if limits.freshness.command is None else limits.freshness.command  # [s]
         self._fastest = limits.scale.velocity * np.array([c.velocity for c in limits.coordinates])
         engine.margin = max(engine.margin, self.dt)  # chunks are taken at the next period
         self._interpolate = Interpolator(interpolation or InterpolationConfig.of(action), action.size)
@@ -212,7 +214,7 @@ class PolicySource:
             )
 
     def begin(self, now: float, state: State) -> tuple[Reason, ...]:
-        """A new episode; its first plan is asked for, and counts from when it is there."""
+        """A new episode; its first plan is asked for, and counts from when it is there, if that is soon enough."""
         if isinstance(self.robot, Seats):
             self.robot.seat(state.positions)
         sample = self.robot.observe()
@@ -238,15 +240,21 @@ class PolicySource:
         if self._next_observation < np.inf:
             return True
         chunk = self.engine.take(waited=True)
-        if chunk is None:
-            if self.engine.fault is not None:
-                raise self.engine.fault
-            if time.monotonic() > self._give_up:
-                raise EvaluationError(f"no plan came within {_FIRST_PLAN:g} s; inference hangs")
-            return False
-        self.executor.add(Chunk(chunk.actions, now, chunk.dt, now, chunk.index))
-        self._next_observation = now + self.row
-        return True
+        if chunk is not None and now - chunk.obs_time <= self._oldest:
+            self.executor.add(Chunk(chunk.actions, now, chunk.dt, now, chunk.index))
+            self._next_observation = now + self.row
+            return True
+        if self.engine.fault is not None:
+            raise self.engine.fault
+        if time.monotonic() > self._give_up:
+            raise EvaluationError(f"no plan came within {_FIRST_PLAN:g} s; inference hangs")
+        if chunk is not None:  # the arm stood, but the world did not
+            sample = self.robot.observe()
+            self._see(sample, first=True)
+            if self._unusable is not None:
+                raise EvaluationError(f"the first plan came late, and now it is {self._unusable}; start again")
+            self._ask(sample)
+        return False
 
     def target(self, tick: Tick, state: State) -> Target:
         now = tick.start
