@@ -317,9 +317,9 @@ def test_velocities_end_in_zero() -> None:
     found = profile(rate=100.0, command={"type": "velocity", "joints": ["a", "b"], "unsafe_velocity": True, "gain": 2.0})
     out, command, _ = outputs(found)
     out.send(np.array([0.0, 0.0]), np.array([0.0, 0.0]))
-    out.send(np.array([0.01, 0.0]), np.array([0.0, 0.1]))
-    np.testing.assert_allclose(command[-1].data, [1.0 + 2.0 * 0.01, -0.2], atol=1e-9)
-    out.send(np.array([0.01, 0.0]), None)
+    out.send(np.array([0.004, 0.0]), np.array([0.0, 0.1]))
+    np.testing.assert_allclose(command[-1].data, [0.4 + 2.0 * 0.004, -0.2], atol=1e-9)
+    out.send(np.array([0.004, 0.0]), None)
     np.testing.assert_allclose(command[-1].data, [0.0, 0.0])
     out.send(np.array([0.02, 0.0]), None)
     count = len(command)
@@ -337,14 +337,41 @@ def test_velocities_end_in_zero() -> None:
     np.testing.assert_allclose(command[-1].data, [0.0, 0.0])
 
 
+def test_no_correction_is_faster_than_the_limits_or_drives_an_arm_back_that_was_moved() -> None:
+    """It is added behind the safety filter."""
+    found = profile(rate=100.0, command={"type": "velocity", "joints": ["a", "b"], "unsafe_velocity": True, "gain": 20.0})
+    out, command, _ = outputs(found)
+    for _ in range(2):
+        out.send(np.zeros(2), np.array([0.1, -0.01]))
+    np.testing.assert_allclose(command[-1].data, [-0.5, 0.2])  # half of 1.0: the scale of the limits
+    for moved in (1.9, np.nan):  # while it stood: by hand, with the drives off
+        out.send(np.zeros(2), np.array([moved, -0.01]))
+        np.testing.assert_allclose(command[-1].data, [0.0, 0.0])
+
+
+def test_nothing_follows_the_zero_of_the_end() -> None:
+    """A control thread that is still at work while the robot is let go of: a second Ctrl-C."""
+    out, command, _ = outputs(profile(command={"type": "velocity", "joints": ["a", "b"], "unsafe_velocity": True, "gain": 0.0}))
+    for position in (0.0, 0.001):
+        out.send(np.array([position, 0.0]), None)
+    assert command[-1].data[0] > 0
+    out.close()
+    count = len(command)
+    out.send(np.array([0.002, 0.0]), None)
+    out.stop()
+    out.watch()
+    assert len(command) == count
+    np.testing.assert_array_equal(command[-1].data, [0.0, 0.0])
+
+
 def test_twists_are_of_the_base_frame_and_end_in_zero() -> None:
     command_ = {"type": "twist", "joints": list(POSE), "unsafe_velocity": True, "gain": 0.0, "frame": "base"}
     out, command, _ = outputs(profile(TOOL, rate=100.0, command=command_))
     out.send(np.array([0, 0, 0, 0, 0, math.pi / 2]), None)
-    out.send(np.array([0.01, 0, 0, 0, 0, math.pi / 2 + 0.02]), None)
+    out.send(np.array([0.004, 0, 0, 0, 0, math.pi / 2 + 0.006]), None)
     twist = command[-1].twist
     np.testing.assert_allclose(
-        [twist.linear.x, twist.linear.y, twist.angular.x, twist.angular.z], [1.0, 0.0, 0.0, 2.0], atol=1e-6
+        [twist.linear.x, twist.linear.y, twist.angular.x, twist.angular.z], [0.4, 0.0, 0.0, 0.6], atol=1e-6
     )
     out.stop()
     assert command[-1].twist.linear.x == 0.0

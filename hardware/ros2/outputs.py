@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ _SILENCE = 3  # periods without a command, after which velocities are zero
 
 class Outputs:
     """Targets to messages. Velocities come from the targets' differences, corrected by the position error; zero ends them.
+
+    The correction is added behind the safety filter: it stays within the limits' velocities, and drives no arm back that somebody
+    has moved away. Threads: control sends, that of the topics watches, whoever ends it closes.
 
     Args:
         profile: Of the arm.
@@ -42,6 +46,12 @@ class Outputs:
             "velocity": self._velocity,
             "twist": self._twist,
         }[how.type]
+        limits = [profile.safety.coordinates[names.index(name)] for name in how.joints]
+        self._fastest = profile.safety.scale.velocity * np.array([c.velocity for c in limits])
+        if how.type == "twist":  # turns about one axis move three rotation vector's entries, none faster than their norm
+            self._fastest = np.repeat([np.linalg.norm(self._fastest[:3]), np.linalg.norm(self._fastest[3:])], 3)
+        self._tracking = np.array([np.inf if c.tracking is None else c.tracking for c in limits])
+        self._lock, self._closed = threading.Lock(), False
         self._last: np.ndarray | None = None
         self._sent_at = -np.inf
         self._moving = False
@@ -52,23 +62,37 @@ class Outputs:
 
     def send(self, positions: np.ndarray, measured: np.ndarray | None) -> None:
         """Targets ``[n]`` for now; ``measured [n]`` corrects velocities, so give None when it is old: the arm would drift."""
-        self._sent_at = self._clock.now()
-        self._send(positions[self._columns], None if measured is None else measured[self._columns])
-        if self._gripper is not None:
-            self._gripper.send(float(positions[self._width]))
+        with self._lock:
+            if self._closed:
+                return
+            self._sent_at = self._clock.now()
+            self._send(positions[self._columns], None if measured is None else measured[self._columns])
+            if self._gripper is not None:
+                self._gripper.send(float(positions[self._width]))
 
     def stop(self) -> None:
         """Servos hold their last target by themselves; velocity controllers never end, so they are sent zero, and again."""
-        self._last = None
-        if self.profile.command.velocity:
-            self._moving = False
-            zero = np.zeros(len(self._columns))
-            self._command(messages.float_array(zero) if self.profile.command.type == "velocity" else self._twisted(zero))
+        with self._lock:
+            self._halt()
 
     def watch(self) -> None:
         """Called now and then: commands that no longer come must not leave a velocity behind."""
-        if self._moving and self._clock.now() - self._sent_at > _SILENCE / self.profile.rate:
-            self.stop()
+        with self._lock:
+            if self._moving and self._clock.now() - self._sent_at > _SILENCE / self.profile.rate:
+                self._halt()
+
+    def close(self) -> None:
+        """The same as :meth:`stop`, and nothing is sent any more: publishers may go."""
+        with self._lock:
+            self._halt()
+            self._closed = True
+
+    def _halt(self) -> None:
+        self._last = None
+        if self.profile.command.velocity and not self._closed:
+            self._moving = False
+            zero = np.zeros(len(self._columns))
+            self._command(messages.float_array(zero) if self.profile.command.type == "velocity" else self._twisted(zero))
 
     def _position(self, target: np.ndarray, measured: np.ndarray | None) -> None:
         self._command(messages.float_array((target - self._offset) / self._scale))
@@ -84,18 +108,20 @@ class Outputs:
     def _velocity(self, target: np.ndarray, measured: np.ndarray | None) -> None:
         before = target if self._last is None else self._last
         self._last, self._moving = target.copy(), True
-        rate = (target - before) * self.profile.rate
-        if measured is not None:
-            rate += self.profile.command.gain * (target - measured)
+        rate = self._corrected(target - before, None if measured is None else target - measured)
         self._command(messages.float_array(rate / self._scale))
 
     def _twist(self, target: np.ndarray, measured: np.ndarray | None) -> None:
         before = target if self._last is None else self._last
         self._last, self._moving = target.copy(), True
-        rate = _way(before, target) * self.profile.rate
-        if measured is not None:
-            rate += self.profile.command.gain * _way(measured, target)
-        self._command(self._twisted(rate))
+        self._command(self._twisted(self._corrected(_way(before, target), None if measured is None else _way(measured, target))))
+
+    def _corrected(self, step: np.ndarray, error: np.ndarray | None) -> np.ndarray:
+        """The velocity of a step of one period, and back to where the arm should be."""
+        rate = step * self.profile.rate
+        if error is not None and (np.abs(error) <= self._tracking).all():  # False for NaN
+            rate += self.profile.command.gain * error
+        return np.clip(rate, -self._fastest, self._fastest)
 
     def _twisted(self, rate: np.ndarray) -> Any:
         return messages.twist(rate[:3], rate[3:], self._clock.stamp(), self.profile.command.frame)

@@ -181,7 +181,9 @@ class RosRobot:
         ]
 
     def close(self) -> None:
-        """Take back subscriptions, publishers and threads. The node stays."""
+        """Take back subscriptions, publishers and threads. The node stays. No velocity is left behind."""
+        if self._outputs is not None:
+            self._outputs.close()
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
