@@ -35,7 +35,9 @@ print("arm has stopped", flush=True)
 node.destroy_node(); rclpy.shutdown()
 """
 POLICY = """
-import rclpy, signal
+import rclpy, signal, time
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
 from std_srvs.srv import Trigger
@@ -43,10 +45,15 @@ class Policy(LifecycleNode):
     def __init__(self):
         super().__init__("stand_in_policy")
         self.declare_parameter("bad", False)
+        self.group = ReentrantCallbackGroup()
         for name in ("start", "stop", "home", "estop", "reset"):
-            self.create_service(Trigger, f"~/{name}", lambda _, answer, name=name: self.told(name, answer))
+            self.create_service(Trigger, f"~/{name}", lambda _, answer, name=name: self.told(name, answer),
+                                callback_group=self.group)
     def told(self, name, answer):
         print("called", name, flush=True)
+        if name == "home":
+            time.sleep(5.0)
+            print("home at last", flush=True)
         answer.success, answer.message = True, f"I {name}"
         return answer
     def on_configure(self, state):
@@ -60,8 +67,10 @@ told = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: told.append(True))
 node = Policy()
+executor = MultiThreadedExecutor(2)
+executor.add_node(node)
 while not told:
-    rclpy.spin_once(node, timeout_sec=0.05)
+    executor.spin_once(timeout_sec=0.05)
 print("policy has stopped", flush=True)
 node.destroy_node(); rclpy.shutdown()
 """
@@ -82,7 +91,7 @@ processes:
     when: $policy
     parameters: {bad: $bad}
     lifecycle: $start
-    services: [start, estop]
+    services: [start, home, estop]
 """
 
 
@@ -149,10 +158,17 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
 
         read_until("policy runs")
         assert not any("called start" in line for line in seen)  # it does not move by itself
-        process.stdin.write("start\nfly\npolicy estop\n")
+        process.stdin.write("start\nfly\n")
+        process.stdin.flush()
+        read_until("start: done: I start")
+        assert any("'fly' is none of: policy start, policy home, policy estop" in line for line in seen)
+        process.stdin.write("home\n")
+        process.stdin.flush()
+        read_until("called home")
+        process.stdin.write("policy estop\n")
         process.stdin.flush()
         read_until("estop: done: I estop")
-        assert any("'fly' is none of: policy start, policy estop" in line for line in seen)
+        assert not any("home at last" in line for line in seen), "an emergency stop waits for nothing"
         children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "stand_in_policy"], capture_output=True, text=True)
         os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
         read_until("policy was killed by SIGKILL; ending the others")

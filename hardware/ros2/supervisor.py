@@ -25,6 +25,7 @@ from hardware.ros2.runtime import Ros, RosError
 from hardware.ros2.system import Process
 
 READY = 60.0  # [s] for a process to be there
+FOUND = 10.0  # [s] for a service that was typed to be found
 CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
 ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
 FIRST_CODE = 10  # exit code when the first process dies; the second: one more
@@ -117,6 +118,7 @@ class Supervisor:
         self._children: list[Child] = []
         self._signals: list[int] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
 
     def run(self) -> int:
         """The exit code."""
@@ -124,10 +126,10 @@ class Supervisor:
         with self._handling(), Ros(signals=False) as ros:
             self._node = ros.node(f"robopolicy_up_{os.getpid()}")
             ros.spin_in_thread()
+            threading.Thread(target=self._listen, name="commands", daemon=True).start()
             try:
                 for process in self._processes:
                     self._start(process)
-                threading.Thread(target=self._listen, name="commands", daemon=True).start()
                 self._until(lambda: False, None, "")
             except _Over as over:
                 return over.code
@@ -165,8 +167,7 @@ class Supervisor:
         """A Trigger service of a node."""
         from std_srvs.srv import Trigger
 
-        answer = self._call(Trigger, f"{process.node}/{name}", Trigger.Request(), READY)
-        say(f"{name}: {'done' if answer.success else 'refused'}{': ' + answer.message if answer.message else ''}")
+        _answered(name, self._call(Trigger, f"{process.node}/{name}", Trigger.Request(), READY))
 
     def _call(self, kind: Any, service: str, request: Any, seconds: float) -> Any:
         client = self._node.create_client(kind, service)
@@ -198,8 +199,9 @@ class Supervisor:
                 looked = time.monotonic()
                 for child in self._children:
                     child.watch()
-            while seconds is None and not self._lines.empty():
+            while not self._lines.empty():
                 self._typed(self._lines.get())
+            self._ask()
             time.sleep(0.02)
 
     def _listen(self) -> None:
@@ -211,18 +213,35 @@ class Supervisor:
                 self._lines.put(line.strip())
 
     def _typed(self, line: str) -> None:
-        """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one."""
+        """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one.
+
+        Nothing waits for the answer: an `estop` must not stand in line behind a `start` that takes its time.
+        """
+        from std_srvs.srv import Trigger
+
         *names, service = line.split() or [""]
         for process in reversed(self._processes):
             if service in process.services and names in ([], [process.name]):
-                try:
-                    self._command(process, service)
-                except RosError as error:
-                    say(str(error))
+                client = self._node.create_client(Trigger, f"{process.node}/{service}")
+                self._asked.append((process, service, client, time.monotonic() + FOUND))
                 return
         if line:
             offered = [f"{p.name} {service}" for p in self._processes for service in p.services]
             say(f"'{line}' is none of: {', '.join(offered) or 'nothing can be typed here'}")
+
+    def _ask(self) -> None:
+        """Call what was typed, as soon as it is found."""
+        from std_srvs.srv import Trigger
+
+        waiting = []
+        for process, service, client, end in self._asked:
+            if client.service_is_ready():
+                client.call_async(Trigger.Request()).add_done_callback(lambda answer, s=service: _answered(s, answer.result()))
+            elif time.monotonic() > end:
+                say(f"{service}: {process.name} does not offer it; is it there yet?")
+            else:
+                waiting.append((process, service, client, end))
+        self._asked = waiting
 
     # ---- ending --------------------------------------------------------------------------------------------------------------
 
@@ -243,6 +262,10 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _answered(name: str, answer: Any) -> None:
+    say(f"{name}: {'done' if answer.success else 'refused'}{': ' + answer.message if answer.message else ''}")
 
 
 def _ended(code: int) -> str:
