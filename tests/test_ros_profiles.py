@@ -79,6 +79,12 @@ def test_every_profile_says_where_its_numbers_come_from() -> None:
         assert "velocities" in text
 
 
+def test_a_rate_that_is_asked_for_makes_no_controller_faster() -> None:
+    with pytest.raises(ConfigError, match=r"make it 0\.04 or more, or the rate 50 or more"):
+        load_profile("fr3", rate=25.0)
+    assert load_profile("fr3", rate=50.0).safety.rate == 50.0
+
+
 def test_the_virtual_profile_is_our_arm() -> None:
     found = load_profile("virtual")
     assert found.home_positions is not None
@@ -115,6 +121,8 @@ def test_qualities_are_those_that_controllers_and_drivers_match() -> None:
         ({"home": {"a": 0.0}}, "home gives a"),
         ({"limits": "arms"}, "did you mean 'arm'?"),
         ({"comand": {}}, "did you mean 'command'?"),
+        ({"command": {"type": "trajectory", "joints": ["a", "b"], "duration": 0.02}, "rate": 25.0}, "faster than the limits"),
+        ({"rate": 20.0}, "longer than freshness.gap"),
         (
             {
                 "command": {"type": "trajectory", "joints": ["a", "b"]},

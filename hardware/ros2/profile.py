@@ -83,7 +83,8 @@ class Command(Config):
         topic: Of it.
         joints: Coordinates in the controller's order; the pose's for ``pose`` and ``twist``.
         frame: Frame of poses and twists.
-        duration: After which a trajectory's point is reached [s]: a period or a few; shorter than a period and the arm stutters.
+        duration: After which a trajectory's point is reached [s]: a period or a few; shorter ones are refused, because the
+            controller would then be faster than the limits.
         gain: Of the position error that velocities correct [1/s].
         unsafe_velocity: Velocity and twist controllers never time out: if this process dies, the arm moves on. Say true to
             take that upon yourself.
@@ -252,6 +253,16 @@ class RosProfile(Config):
             raise ValueError("a pose holds no joints; give gripper.state_topic, where those of state.joints come")
         if self.command.type == "trajectory" and any(len(self.state.joints[name].names) > 1 for name in self.command.joints):
             raise ValueError("a trajectory's coordinates must be one joint each")
+        if self.command.type == "trajectory" and self.command.duration * self.rate < 1 - 1e-6:
+            raise ValueError(
+                f"command.duration of {self.command.duration:g} s is shorter than a period at {self.rate:g} Hz, the controller would be "
+                f"faster than the limits; make it {1 / self.rate:.3g} or more, or the rate {1 / self.command.duration:.3g} or more"
+            )
+        if (gap := self.safety.freshness.gap) * self.rate <= 1:
+            raise ValueError(
+                f"at {self.rate:g} Hz every period is longer than freshness.gap of the limits, {gap:g} s: nothing would move; raise "
+                "the rate or the gap"
+            )
         if self.home is not None and sorted(self.home) != sorted(names):
             raise ValueError(f"home gives {', '.join(self.home)}; the limits are for {', '.join(names)}")
         if len(set(self.joint_names)) < len(self.joint_names):
