@@ -253,14 +253,15 @@ class RosProfile(Config):
             raise ValueError("a pose holds no joints; give gripper.state_topic, where those of state.joints come")
         if self.command.type == "trajectory" and any(len(self.state.joints[name].names) > 1 for name in self.command.joints):
             raise ValueError("a trajectory's coordinates must be one joint each")
-        if self.command.type == "trajectory" and self.command.duration * self.rate < 1 - 1e-6:
+        rate, duration, gap = self.rate, self.command.duration, self.safety.freshness.gap
+        if self.command.type == "trajectory" and duration * rate < 1 - 1e-6:
             raise ValueError(
-                f"command.duration of {self.command.duration:g} s is shorter than a period at {self.rate:g} Hz, the controller would be "
-                f"faster than the limits; make it {1 / self.rate:.3g} or more, or the rate {1 / self.command.duration:.3g} or more"
+                f"command.duration of {duration:g} s is shorter than a period at {rate:g} Hz, the controller would be faster than "
+                f"the limits; make it {1 / rate:.3g} or more, or the rate {1 / duration:.3g} or more"
             )
-        if (gap := self.safety.freshness.gap) * self.rate <= 1:
+        if gap * rate <= 1:
             raise ValueError(
-                f"at {self.rate:g} Hz every period is longer than freshness.gap of the limits, {gap:g} s: nothing would move; raise "
+                f"at {rate:g} Hz every period is longer than freshness.gap of the limits, {gap:g} s: nothing would move; raise "
                 "the rate or the gap"
             )
         if self.home is not None and sorted(self.home) != sorted(names):
