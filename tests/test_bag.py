@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,17 @@ with BagWriter({path!r}, {storage!r}) as writer:
         print(k, flush=True)
         time.sleep(0.002)
 """
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_what_came_last_is_in_the_file_though_nothing_follows(tmp_path: Path, storage: Storage) -> None:
+    """Said once, then silence: a state, the cause of a stop. Killed hours later, it must be there."""
+    with BagWriter(tmp_path / "bag", storage, reserve=0.0) as writer:
+        for k in range(3):
+            writer.write(Message("/joint_states", JOINT_STATE, START + k, joint_state(START + k, [0.0, k])))
+        time.sleep(2.5)
+        shutil.copytree(tmp_path / "bag", tmp_path / "killed")
+    assert repair(tmp_path / "killed", tmp_path / "mended") == {"/joint_states": 3}
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])

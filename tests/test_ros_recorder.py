@@ -240,6 +240,15 @@ def test_a_full_disk_and_a_dead_camera_are_told_and_cost_nothing_else(
     assert [p for p in check(recorder.out) if p.severity == "error"] == []
 
 
+def test_starting_by_itself_waits_for_room_on_the_disk(
+    ros_module: Sandbox, driver: Driver, profile: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder(ros_module, tmp_path / "set.zarr", profile, autostart=True, reserve=1e9)
+    ros_module.until(lambda: "MB are free" in recorder.state()["note"], 30.0, "the word that there is no room")
+    ros_module.spin(0.3)
+    recorder.end()
+
+
 def test_without_inputs_it_says_what_is_missing_and_wrong_parameters_end_it(
     ros_module: Sandbox, driver: Driver, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -218,8 +218,11 @@ class BagWriter:
             self._opened.set()
         try:
             flushed = time.monotonic()
-            while (message := self._queue.get()) is not None:
-                self._put(message)
+            while True:
+                with suppress(queue.Empty):  # also when nothing comes any more, what came is brought to the file
+                    if (message := self._queue.get(timeout=_FLUSH)) is None:
+                        break
+                    self._put(message)
                 if time.monotonic() - flushed > _FLUSH:
                     self._flush()
                     flushed = time.monotonic()

@@ -1,7 +1,7 @@
 """What the node says of itself: ten times a second on ``/diagnostics``, and on change on ``~/state`` and in the log.
 
 ==============  ==================================================================================================
-``node``        Lifecycle, policy and robot; why the last transition or request was refused.
+``node``        Lifecycle, policy and robot; why the last transition or request was refused; a second master of the arm.
 ``control``     Who commands and whether the arm moves; the cause of every hold and stop; interventions counted.
 ``timing``      Rate, lateness and work of control periods; those missed.
 ``inputs``      Age of everything that control looks at, and messages that were refused.
@@ -15,7 +15,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -56,10 +56,11 @@ class Health(NamedTuple):
     values: Mapping[str, str]
 
 
-def node(lifecycle: str, refused: str, facts: Mapping[str, Any]) -> Health:
-    """``refused``: why the last transition or request was, empty when it was not."""
-    level = Level.WARN if refused else Level.OK
-    return Health("node", level, f"{lifecycle}: {refused}" if refused else lifecycle, _texts({"refused": refused, **facts}))
+def node(lifecycle: str, refused: str, rivals: Sequence[str], facts: Mapping[str, Any]) -> Health:
+    """``refused``: why the last transition or request was, empty when it was not. ``rivals``: see :meth:`RosRobot.rivals`."""
+    level = Level.ERROR if rivals else Level.WARN if refused else Level.OK
+    message = "; ".join([*rivals, *([refused] if refused else [])])
+    return Health("node", level, f"{lifecycle}: {message}" if message else lifecycle, _texts({"refused": refused, **facts}))
 
 
 def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[str, int]) -> list[Health]:
@@ -161,7 +162,7 @@ class Reporter:
         status = None if arbiter is None else arbiter.status
         config = parameters.read(self._node)
         facts = {"checkpoint": config.checkpoint, "profile": config.profile, "drives": config.mode, "estopped": estopped}
-        entries = [node(lifecycle, refused, facts)]
+        entries = [node(lifecycle, refused, [] if robot is None else robot.rivals(), facts)]
         if status is not None and deployment is not None and robot is not None:
             slots = [(name, slot.rejected.copy()) for name, slot in robot.slots.items()]  # it may grow meanwhile
             rejected = {f"{name}: {kind}": count for name, counts in slots for kind, count in counts.items()}

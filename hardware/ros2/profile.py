@@ -256,8 +256,8 @@ class RosProfile(Config):
         rate, duration, gap = self.rate, self.command.duration, self.safety.freshness.gap
         if self.command.type == "trajectory" and duration * rate < 1 - 1e-6:
             raise ValueError(
-                f"command.duration of {duration:g} s is shorter than a period at {rate:g} Hz, the controller would be faster than "
-                f"the limits; make it {1 / rate:.3g} or more, or the rate {1 / duration:.3g} or more"
+                f"command.duration of {duration:g} s is shorter than a period at {rate:g} Hz, the controller would be faster "
+                f"than the limits; make it {1 / rate:.3g} or more, or the rate {1 / duration:.3g} or more"
             )
         if gap * rate <= 1:
             raise ValueError(

@@ -114,7 +114,10 @@ class Recorder:
         self.heard.poll()
         now = self.clock.now()
         if self._autostart and not self.recording.missing(now):
-            self._note = self._start()
+            try:
+                self._note = self._start()
+            except DataError as error:  # the disk is full, say: it goes on trying
+                self._note = str(error)
         self.recording.advance(now)
         if (ended := self.recording.take_ended()) is not None:
             self._report(ended)
