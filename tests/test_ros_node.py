@@ -245,6 +245,7 @@ def test_a_second_master_on_the_command_topic_is_refused(active: Stand) -> None:
     other = active.ros.node.create_publisher(Float64MultiArray, PROFILE.command.topic, COMMAND.to_ros())
     active.ros.until(lambda: active.rig.node.robot.rivals(), what="discovery of the other")  # type: ignore[union-attr]
     ok, message = active.rig.call("start")
+    assert active.diagnosis("node").message.startswith("active: 2 nodes publish on")  # also of one that comes later
     active.ros.node.destroy_publisher(other)
     assert not ok
     assert "2 nodes publish on '/forward_position_controller/commands'" in message
