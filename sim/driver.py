@@ -21,7 +21,9 @@ from sim.virtual import Joints, World
 
 REFLEX_SPEED = 1.6  # times the joint's rated speed: about where libfranka and UR's controllers stop the arm
 REFLEX_STEP = 0.1  # between two commands [rad]
+CATCH_UP = 0.8  # of the time between commands is what each gets at least, when several come at once
 MAX_LAG = 0.1  # physics that is this late gives time up instead of catching up [s]
+_SMOOTHING = 0.05  # of the average time between commands
 
 
 class CommandError(RobopolicyError):
@@ -98,6 +100,8 @@ class Driver:
             self._path: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
             self._last = None
             self._last_time = float("-inf")
+            self._due = float("-inf")  # when the newest streamed target is reached
+            self._spacing = self._period  # of commands, on average
             self.reflex = ""
             self._begun, self._steps, self._lost = self._clock.now(), 0, 0.0
             self.record.restart()
@@ -123,8 +127,12 @@ class Driver:
             if self._trips(watched, now):
                 return
             self.record.command(now, watched)
+            if self._last is not None:
+                self._spacing += _SMOOTHING * (min(now - self._last_time, 1.0) - self._spacing)
+            timestep = self.world.timestep
+            self._due = max(now + self._lookahead * timestep, self._due + CATCH_UP * min(self._spacing, self._period))
             self._last, self._last_time, self._path = watched, now, None
-            self._goal, self._left[columns] = full, self._lookahead
+            self._goal, self._left[columns] = full, round((self._due - now) / timestep)
 
     def grip(self, width: float) -> None:
         """A target of the last coordinate; its own controller takes care of it."""

@@ -132,6 +132,28 @@ def test_physics_that_is_late_sees_each_command_when_it_came(world: ArmWorld) ->
     assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("rate", [100.0, 500.0])
+def test_a_burst_of_commands_is_no_leap_and_is_made_up_for(world: ArmWorld, rate: float) -> None:
+    """Held up for 0.12 s on their way, commands come at once: each is within the limits, so the arm must be. No lag stays."""
+    found = []
+    for held in (0, 0.12):
+        rig = Rig(world, rate=100.0)
+        start, sent, burst = rig.clock.time, 0, round(held * rate)
+        for k in range(round(1.5 * rate)):
+            rig.wait(start + k / rate)
+            if not 0 < (k - round(0.4 * rate)) <= burst:
+                for j in range(sent, k + 1):
+                    rig.driver.stream(ARM, rig.begin[:7] + 0.4 * np.sin(np.pi * j / rate / 1.5) ** 2 * np.eye(7)[0])
+                sent = k + 1
+        assert rig.driver.reflex == ""
+        assert rig.driver._due - rig.clock.time == pytest.approx(0.02, abs=5e-3), "as soon as without the burst"
+        found.append({key: rig.worst(key) for key in ("velocity", "acceleration")})
+    smooth, burst_ = found
+    assert smooth["velocity"] == pytest.approx(0.4 * np.pi / 1.5 / 2.2, rel=0.15), "physics has 400 Hz"
+    assert burst_["velocity"] < 1.5 * smooth["velocity"]
+    assert burst_["acceleration"] < 2.0
+
+
 def test_streamed_targets_are_reached_and_the_record_knows_how_fast(world: ArmWorld) -> None:
     rig = Rig(world)
     rig.stream(lambda t: rig.begin[:7] + 0.3 * np.sin(np.pi * t) ** 2 * np.eye(7)[0], 1.0)

@@ -14,7 +14,7 @@ from robopolicy.errors import ConfigError
 from sim.driver import CommandError, Driver
 
 TRAJECTORY_TOPIC = "joint_trajectory_controller/joint_trajectory"
-_QUALITY = Quality(reliable=True, depth=10)  # as the controllers subscribe: none is skipped while physics is late
+_QUALITY = Quality(reliable=True, depth=100)  # reliable as the controllers; none is lost while this process is held up
 
 
 class Controllers:
