@@ -1,6 +1,7 @@
 """What a deployment is assembled of, and what diagnostics say of it: no node, no topics."""
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,23 @@ def test_a_robot_that_does_not_get_its_inference_process_leaves_none_behind(
     with pytest.raises(ZeroDivisionError):
         deploy(DeployConfig(checkpoint=str(tmp_path)), arm, SystemClock())
     assert not Path(f"/proc/{made[0].pid}").exists()
+
+
+def test_control_that_does_not_begin_is_said_and_leaves_no_second_thread(
+    tmp_path: Path, arm: SimArm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hardware.ros2.deployment as module
+
+    save_policy(tmp_path)
+    deployment = deploy(DeployConfig(checkpoint=str(tmp_path), inference="thread"), arm, SystemClock())
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "_END", 0.1)
+        broken.setattr(module.Arbiter, "run", lambda self, until: until.wait())
+        with pytest.raises(EvaluationError, match="control has not begun"):
+            deployment.activate()
+    deployment.activate()
+    assert [thread.name for thread in threading.enumerate()].count("control") == 1
+    deployment.close()
 
 
 # ---- diagnostics ---------------------------------------------------------------------------------------------------------------

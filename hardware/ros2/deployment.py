@@ -128,7 +128,11 @@ class Deployment:
         Args:
             estopped: Why the emergency stop is latched; empty: it is not.
             watch: Sees every period, on the control thread.
+
+        Raises:
+            EvaluationError: Control does not begin, or that of before hangs.
         """
+        self.deactivate()  # one that did not begin
         safety = SafetyFilter(self.limits, self.robot.kinematics)
         if estopped:
             safety.estop(estopped)
@@ -141,6 +145,9 @@ class Deployment:
         end = time.monotonic() + _END
         while not self.arbiter.log.count and time.monotonic() < end:  # what exists is put out of reach of garbage collection
             time.sleep(0.01)
+        if not self.arbiter.log.count:
+            self._stop.set()
+            raise EvaluationError(f"control has not begun within {_END:g} s; is the computer overloaded? Activate again")
         return self.arbiter
 
     def deactivate(self) -> None:
