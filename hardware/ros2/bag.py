@@ -15,7 +15,7 @@ examples:
   robopolicy bag shadow data/monday outputs/my_policy --profile ur5e --plot shadow.png
   robopolicy bag replay data/monday --profile ur5e
 
-Bags are those of `ros2 bag`, mcap or sqlite3, in both directions. docs/bags.md goes through it."""
+Bags are those of `ros2 bag`, mcap or sqlite3, in both directions. docs/bag.md goes through it."""
 
 _PROFILE = "the robot: the name of a profile, or a YAML file (default virtual)"
 _NAMESPACE = "of the robot's topics (default: none)"

@@ -1,7 +1,7 @@
 """The recorder node: episodes of an arm to zarr, whoever moves it: a policy, a leader arm, or a person's hands on it.
 
 ``python -m hardware.ros2.recorder --ros-args -p profile:=virtual -p out:=data/mine.zarr``, or ``robopolicy up record``. It only
-listens. Services ``~/start``, ``~/stop`` (stores) and ``~/discard``; ``~/state`` says what goes on. docs/bags.md.
+listens. Services ``~/start``, ``~/stop`` (stores) and ``~/discard``; ``~/state`` says what goes on. docs/bag.md.
 """
 
 from __future__ import annotations
