@@ -162,6 +162,19 @@ def test_an_episode_begins_by_the_simulators_service(both: tuple[Driver, RosRobo
     driver.arm.destroy_node()
 
 
+def test_no_episode_begins_while_somebody_else_commands(both: tuple[Driver, RosRobot]) -> None:
+    """A policy node that is up, too."""
+    driver, robot = both
+    message = message_type(next(topic.type for topic in robot.topics if topic.key == "command"))
+    other = robot.node.create_publisher(message, PROFILE.command.topic, 1)
+    until(robot.rivals, "it was not discovered")
+    with pytest.raises(RosError, match="2 nodes publish on"):
+        robot.reset(1)
+    assert driver.seeds == []
+    robot.node.destroy_publisher(other)
+    driver.arm.destroy_node()
+
+
 def test_what_is_missing_is_named_with_its_mend(ros: Sandbox) -> None:
     with Ros(signals=False) as own:
         node = own.node("robot")

@@ -124,8 +124,10 @@ class RosRobot:
         """Begin an episode: by the simulator's service where the profile has one. A real arm is brought home by who commands it.
 
         Raises:
-            RosError: A service does not answer or refuses, or no message comes after it.
+            RosError: Somebody else commands the arm, too; a service does not answer or refuses, or no message comes after it.
         """
+        if rivals := self.rivals():
+            raise RosError(rivals[0])
         how = self.profile.reset
         self._success = False
         if how is not None:
