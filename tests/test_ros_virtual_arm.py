@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,6 @@ FAULTS = {
     "wrong_names": (1.0, lambda before, after: all(m.name[0] == "not_joint1" for m in after)),
     "wrong_length": (1.0, lambda before, after: all(len(m.position) == 8 for m in after)),
     "clock_jump": (-5.0, lambda before, after: max(_stamps(after)) < min(_stamps(before))),
-    "delay": (0.3, lambda before, after: min(_stamps(after)) > 0),
 }
 
 
@@ -198,6 +198,19 @@ def test_faults_come_by_parameter_and_go_by_service(arm: Arm, fault: str) -> Non
     assert expected(before, after[-20:]), fault
     arm.service("clear_faults")
     assert len(set(_stamps(arm.ros.messages(STATE, "joint_states", 5)))) == 5
+
+
+def test_delayed_states_are_old_when_they_come(arm: Arm) -> None:
+    arm.reset()
+    assert arm.ros.set("virtual_arm", **{"faults.state.delay": 0.3}) == []
+    ages: list[float] = []
+    subscription = arm.ros.node.create_subscription(
+        STATE, "joint_states", lambda message: ages.append((time.time_ns() - _stamps([message])[0]) * 1e-9), 10
+    )
+    arm.ros.until(lambda: len(ages) > 20 and min(ages[-10:]) > 0.29, 10.0, "states that are old")
+    arm.ros.node.destroy_subscription(subscription)
+    arm.service("clear_faults")
+    assert arm.record()["faults"]["state"].get("delay", 0) > 10
 
 
 def test_stuck_values_have_new_stamps(arm: Arm) -> None:
