@@ -24,11 +24,15 @@ def row(fault: str, seed: int, **changes: Any) -> dict[str, Any]:
 
 def test_the_table_tells_holds_times_causes_and_what_was_beyond_limits() -> None:
     rows = [row("drop all", seed) for seed in range(3)]
+    rows += [row("drop half", 0, to_hold=None, to_still=None, after="ran on", holds=1, worst={"command_jerk": 0.5, "jerk": 1.2})]
     rows += [row("none", 0, to_hold=None, to_still=None, after="ran on", worst={"velocity": 1.2, "table": 0.01}, reflexes=1)]
     text = ros2_faults.table(rows)
     assert "| state | drop all | 3 | 3 | 0.30 / 0.40 | 0.40 / 0.40 | stale state | by itself 3 | none |" in text
     assert "| state | none | 1 | 0 |  |  |  | ran on 1 | reflex, table, velocity |" in text
-    assert "beyond its bound: 1 of 4" in text
+    assert "| state | drop half | 1 | 0 |  |  |  | held, ran on 1 | none |" in text
+    assert "beyond its bound: 1 of 5" in text
+    assert "above the rated ones in 1 cells" in text
+    assert "In 4 cells commands never came regularly enough" in text
 
 
 def test_the_comparison_has_intervals_and_pairs_seeds() -> None:
