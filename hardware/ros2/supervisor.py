@@ -236,7 +236,8 @@ class Supervisor:
         waiting = []
         for process, service, client, end in self._asked:
             if client.service_is_ready():
-                client.call_async(Trigger.Request()).add_done_callback(lambda answer, s=service: _answered(s, answer.result()))
+                name = f"{process.name} {service}"
+                client.call_async(Trigger.Request()).add_done_callback(lambda answer, n=name: _answered(n, answer.result()))
             elif time.monotonic() > end:
                 say(f"{service}: {process.name} does not offer it; is it there yet?")
             else:
