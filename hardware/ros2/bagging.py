@@ -16,6 +16,7 @@ from hardware.ros2.runtime import Ros
 POLICY_NODE = "robopolicy_policy"
 _DEPTH = 100  # messages that may wait for us
 _LOOK = 0.5  # [s] between looks for topics that have appeared
+_OTHERS = 1.0  # [s] for other publishers to be found before a replay
 _DISCOVERY = 2.0  # [s] at most for subscribers to be found before a replay
 _TELL = 1.0  # [s]
 _LATCHED = ("std_msgs/msg/Bool", "std_msgs/msg/String")  # states, of which the last one holds
@@ -114,9 +115,13 @@ def replay(
     counts: dict[str, int] = {}
     with open_bag(path) as bag:
         chosen = _chosen(bag, topics)
+        found = time.monotonic() + _OTHERS
+        ros.spin(lambda: time.monotonic() > found)  # a node that is new knows of nobody yet
         publishers = {name: _publisher(node, bag, name) for name in chosen}
         end = time.monotonic() + _DISCOVERY
         ros.spin(lambda: time.monotonic() > end or all(p.get_subscription_count() for p in publishers.values()))
+        for name in chosen:
+            _alone(node, name, own=1)
         stamped = {name: bag.stamped(name) and not keep_stamps for name in chosen}
         begin, wall = time.monotonic(), time.time_ns()
         for message in bag.messages(chosen):
@@ -140,8 +145,14 @@ def _chosen(bag: Bag, topics: Sequence[str]) -> set[str]:
     return chosen
 
 
+def _alone(node: Any, name: str, own: int = 0) -> None:
+    """Raises BagError when somebody else publishes on the topic, beside ``own`` of ours: two masters make an arm jump."""
+    if len(found := node.get_publishers_info_by_topic(name)) > own:
+        other = next((info.node_name for info in found if info.node_name != node.get_name()), node.get_name())
+        raise BagError(f"'{name}' is published by '{other}' already; end it, or replay in another ROS_DOMAIN_ID")
+
+
 def _publisher(node: Any, bag: Bag, name: str) -> Any:
-    if others := node.get_publishers_info_by_topic(name):
-        raise BagError(f"'{name}' is published by '{others[0].node_name}' already; end it, or replay in another ROS_DOMAIN_ID")
+    _alone(node, name)
     latched = bag.types[name] in _LATCHED  # receives from it who wants the last one, and who does not
     return node.create_publisher(message_type(bag.types[name]), name, Quality(True, 1 if latched else _DEPTH, latched).to_ros())
