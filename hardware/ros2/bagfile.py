@@ -217,15 +217,16 @@ class BagWriter:
         finally:
             self._opened.set()
         try:
-            flushed = time.monotonic()
+            flushed, fresh = time.monotonic(), False
             while True:
                 with suppress(queue.Empty):  # also when nothing comes any more, what came is brought to the file
                     if (message := self._queue.get(timeout=_FLUSH)) is None:
                         break
                     self._put(message)
-                if time.monotonic() - flushed > _FLUSH:
+                    fresh = True
+                if fresh and time.monotonic() - flushed > _FLUSH:
                     self._flush()
-                    flushed = time.monotonic()
+                    flushed, fresh = time.monotonic(), False
         except Exception as error:  # kept for the one who writes
             self.error = BagError(f"'{self.path}': {_line(error)}")
         try:
