@@ -85,7 +85,7 @@ def test_seeds_are_the_simulation_s(arm: Arm) -> None:
     assert arm.reset(123_456) == pytest.approx(task.positions[:7], abs=1e-9)
     pose = arm.ros.message(message_type("geometry_msgs/msg/PoseStamped"), "objects/cube/pose")
     position = pose.pose.position
-    assert [position.x, position.y, position.z] == pytest.approx(task.poses()["cube"][:3], abs=1e-4), "it settles a little"
+    assert [position.x, position.y, position.z] == pytest.approx(task.poses()["cube"][:3], abs=1e-3), "it settles a little"
     assert pose.header.frame_id == "world"
 
 
