@@ -97,6 +97,7 @@ try next:
   robopolicy eval {out} --episodes 100 --steps 1          # one network call per chunk
   robopolicy data demos stack --episodes 200 --out data/stack.zarr
   robopolicy tasks                                         # what else there is to learn
+  make setup && robopolicy up virtual                      # this policy on a virtual arm, over ROS 2
   tensorboard --logdir outputs"""
 
 

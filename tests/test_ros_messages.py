@@ -317,7 +317,7 @@ def test_nobody_spins_an_events_executor_without_a_timeout() -> None:
 
 def test_without_rclpy_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rclpy", None)
-    with pytest.raises(RosError, match=r"pip install 'robopolicy\[ros\]'"):
+    with pytest.raises(RosError, match="run `make setup`"):
         runtime.require()
 
 
@@ -325,7 +325,7 @@ def test_the_mend_depends_on_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_
     error = ImportError("No module named 'rclpy'")
     monkeypatch.delenv("ROS_DISTRO", raising=False)
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
-    assert "pip install" in runtime._mend(error, tmp_path)
+    assert "make setup" in runtime._mend(error, tmp_path)
     (tmp_path / "jazzy").mkdir()
     (tmp_path / "jazzy" / "setup.bash").touch()
     assert f"source {tmp_path}/jazzy/setup.bash" in runtime._mend(error, tmp_path)

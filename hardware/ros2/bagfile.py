@@ -325,7 +325,9 @@ def _rosbags() -> _Rosbags:
         from rosbags.highlevel import AnyReader
         from rosbags.rosbag2 import StoragePlugin, Writer
     except ImportError as error:
-        raise BagError(f"bags need the package rosbags ({error}); pip install 'robopolicy[ros]', or rosbags alone") from error
+        raise BagError(
+            f"bags need the package rosbags ({error}); run `make setup` in the checkout, or install rosbags alone"
+        ) from error
     return _Rosbags(AnyReader, Writer, StoragePlugin, typesys)
 
 

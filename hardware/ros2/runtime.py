@@ -28,6 +28,8 @@ DEFAULTS = {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"}
 # Where discovery is LOCALHOST, rmw_fastrtps brings transports of its own and ignores that variable; it minds an XML profile.
 LOCALHOST = {"FASTDDS_DEFAULT_PROFILES_FILE": str(Path(__file__).with_name("localhost.xml"))}
 
+_INSTALL = "run `make setup` in the checkout, or: uv pip install -e '.[ros]'"
+
 
 class RosError(RobopolicyError):
     """ROS is absent, incomplete, or does not answer."""
@@ -58,11 +60,11 @@ def _mend(error: ImportError, root: Path = Path("/opt/ros")) -> str:
     if installed:
         return f"ROS is installed but not sourced ({reason}); run: source {root}/{installed[-1]}/setup.bash"
     if importlib.util.find_spec("rclpy") is not None:
-        return f"rclpy is installed but incomplete ({reason}); pip install 'robopolicy[ros]'"
+        return f"rclpy is installed but incomplete ({reason}); {_INSTALL}"
     machine, system = platform.machine(), platform.system()
     if (system, machine) != ("Linux", "x86_64"):
         return f"there is no rclpy here ({reason}) and no wheel for {system} on {machine}; install ROS 2 or RoboStack, source it"
-    return f"there is no rclpy here ({reason}); pip install 'robopolicy[ros]', or source a ROS 2 installation"
+    return f"there is no rclpy here ({reason}); {_INSTALL}, or source a ROS 2 installation"
 
 
 class RosClock(SystemClock):
