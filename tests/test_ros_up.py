@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -141,6 +142,52 @@ def test_a_policy_that_cannot_configure_ends_everything_with_2(ros: Sandbox, sys
     order(process.output(), "[policy] configured", "policy could not configure", "arm has stopped")
 
 
+def test_a_node_of_the_name_is_not_driven_but_refused(ros: Sandbox, system: Path) -> None:
+    theirs = ros.start("stand_in_policy")
+    ros.until(lambda: "stand_in_policy" in ros.node.get_node_names(), 20, "their node")
+    process = start(ros, system)
+    assert process.wait(40) == 2
+    assert f"a node /stand_in_policy runs already in ROS_DOMAIN_ID {ros.domain}: end it" in process.output()
+    assert "starting" not in process.output()
+    assert "configured" not in theirs.output()
+    assert theirs.alive
+
+
+def test_a_second_arm_on_the_same_topics_is_refused(ros: Sandbox, system: Path) -> None:
+    ros.start("stand_in_arm", node="another")
+    ros.until(lambda: ros.node.count_publishers("/joint_states"), 20, "their joint states")
+    process = start(ros, system)
+    assert process.wait(40) == 2
+    assert "/another publishes /joint_states already, as arm would" in process.output()
+    assert "starting" not in process.output()
+
+
+def test_a_node_of_the_name_that_comes_later_is_not_started(ros: Sandbox, system: Path) -> None:
+    command = [sys.executable, "-m", "robopolicy.cli", "up", str(system), "start=false"]
+    with subprocess.Popen(command, env=ros.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        limit = threading.Timer(90.0, process.terminate)  # whatever is not said, reading ends
+        limit.start()
+        try:
+            assert any("policy runs" in line for line in process.stdout)
+            theirs = ros.start("stand_in_policy")
+            ros.until(lambda: ros.node.get_node_names().count("stand_in_policy") == 2, 40, "their node")
+            time.sleep(2.0)  # the supervisor discovers it, too
+            process.stdin.write("start\n")
+            process.stdin.flush()
+            said = next(line for line in process.stdout if "start: " in line)
+            assert "start: refused: two nodes are called /stand_in_policy" in said
+            process.stdin.write("estop\n")
+            process.stdin.flush()
+            assert any("estop: done" in line for line in process.stdout), "an emergency stop reaches whoever is there"
+        finally:
+            limit.cancel()
+            process.terminate()
+        assert process.wait(20) == 143
+    assert "called start" not in theirs.output()
+
+
 def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
     command = [sys.executable, "-m", "robopolicy.cli", "up", str(system), "start=false"]
     pipe = subprocess.PIPE
@@ -162,6 +209,12 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
         process.stdin.flush()
         read_until("start: done: I start")
         assert any("'fly' is none of: policy start, policy home, policy estop" in line for line in seen)
+        process.stdin.write("arm set life 20\narm set lief 2\narm set life soon\n")
+        process.stdin.flush()
+        read_until("arm: life is 20.0 now")  # a float, as the parameter is
+        for _ in range(2):
+            read_until("arm set: refused")
+        assert any("has no parameter 'lief': did you mean 'life'?" in line for line in seen)
         process.stdin.write("home\n")
         process.stdin.flush()
         read_until("called home")

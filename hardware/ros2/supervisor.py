@@ -22,12 +22,15 @@ from typing import Any
 
 from hardware.ros2 import shm
 from hardware.ros2.runtime import Ros, RosError
+from hardware.ros2.services import set_text
 from hardware.ros2.system import Process
 
 READY = 60.0  # [s] for a process to be there
+LOOK = 2.0  # [s] for nodes that run already to be discovered, before anything is started
 FOUND = 10.0  # [s] for a service that was typed to be found
 CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
 ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
+HALTS = ("stop", "estop")  # wanted whoever else there is
 FIRST_CODE = 10  # exit code when the first process dies; the second: one more
 _PR_SET_PDEATHSIG = 1
 
@@ -119,6 +122,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
+        self._setting: list[threading.Thread] = []  # parameters that were typed
 
     def run(self) -> int:
         """The exit code."""
@@ -128,6 +132,7 @@ class Supervisor:
             ros.spin_in_thread()
             threading.Thread(target=self._listen, name="commands", daemon=True).start()
             try:
+                self._refuse_rivals()
                 for process in self._processes:
                     self._start(process)
                 self._until(lambda: False, None, "")
@@ -142,11 +147,44 @@ class Supervisor:
 
     # ---- starting ------------------------------------------------------------------------------------------------------------
 
+    def _refuse_rivals(self) -> None:
+        """Nothing is started where somebody else's node has the name: transitions and `start` would reach that one."""
+        end = time.monotonic() + LOOK
+        self._until(lambda: time.monotonic() > end, None, "")
+        for process in self._processes:
+            if process.node and self._nodes(process.node):
+                raise RosError(f"a node {process.node} runs already {self._mend()}")
+            for topic in process.ready:
+                if others := self._node.get_publishers_info_by_topic(topic):
+                    who = f"{others[0].node_namespace.rstrip('/')}/{others[0].node_name}"
+                    raise RosError(f"{who} publishes {topic} already, as {process.name} would {self._mend()}")
+
+    def _nodes(self, name: str) -> int:
+        """How many nodes have this full name."""
+        found = self._node.get_node_names_and_namespaces()
+        return sum(f"{namespace.rstrip('/')}/{node}" == name for node, namespace in found)
+
+    @staticmethod
+    def _mend() -> str:
+        domain = os.environ.get("ROS_DOMAIN_ID", "0")
+        return (
+            f"in ROS_DOMAIN_ID {domain}: end it, or take another domain or namespace=NAME "
+            "(what was killed is forgotten after 20 s)"
+        )
+
+    def _alone(self, process: Process) -> None:
+        """What is sent to the node's name reaches our process and no other."""
+        if self._nodes(process.node) > 1:
+            raise RosError(f"two nodes are called {process.node} {self._mend()}")
+
     def _start(self, process: Process) -> None:
         say(f"starting {process.name}: python -m {' '.join((process.module, *process.arguments))}")
         self._children.append(Child(process, self._environment))
         for topic in process.ready:
             self._until(partial(self._node.count_publishers, topic), READY, f"topic {topic} of {process.name}")
+        if process.node:
+            self._until(partial(self._nodes, process.node), READY, f"node {process.node}")
+            self._alone(process)
         if process.lifecycle is not None:
             for transition in ("configure", "activate"):
                 self._transition(process, transition)
@@ -160,19 +198,21 @@ class Supervisor:
 
         say(f"{name} {process.name}")
         request = ChangeState.Request(transition=Transition(id=getattr(Transition, f"TRANSITION_{name.upper()}")))
-        if not self._call(ChangeState, f"{process.node}/change_state", request, CONFIGURE).success:
+        if not self._call(process, ChangeState, "change_state", request, CONFIGURE).success:
             raise RosError(f"{process.name} could not {name}; its lines above say why")
 
     def _command(self, process: Process, name: str) -> None:
         """A Trigger service of a node."""
         from std_srvs.srv import Trigger
 
-        _answered(name, self._call(Trigger, f"{process.node}/{name}", Trigger.Request(), READY))
+        _answered(name, self._call(process, Trigger, name, Trigger.Request(), READY))
 
-    def _call(self, kind: Any, service: str, request: Any, seconds: float) -> Any:
+    def _call(self, process: Process, kind: Any, name: str, request: Any, seconds: float) -> Any:
+        service = f"{process.node}/{name}"
         client = self._node.create_client(kind, service)
         try:
             self._until(client.service_is_ready, READY, f"service {service}")
+            self._alone(process)
             future = client.call_async(request)
             self._until(future.done, seconds, f"the answer of {service}")
             return future.result()
@@ -213,12 +253,21 @@ class Supervisor:
                 self._lines.put(line.strip())
 
     def _typed(self, line: str) -> None:
-        """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one.
+        """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one; ``PROCESS set NAME VALUE``.
 
         Nothing waits for the answer: an `estop` must not stand in line behind a `start` that takes its time.
         """
         from std_srvs.srv import Trigger
 
+        match line.split(maxsplit=3):
+            case [name, "set", parameter, value] if process := next(
+                (p for p in self._processes if p.node and p.name == name), None
+            ):
+                self._setting.append(
+                    threading.Thread(target=self._set, args=(process, parameter, value, [*self._setting]), daemon=True)
+                )
+                self._setting[-1].start()
+                return
         *names, service = line.split() or [""]
         for process in reversed(self._processes):
             if service in process.services and names in ([], [process.name]):
@@ -227,15 +276,31 @@ class Supervisor:
                 return
         if line:
             offered = [f"{p.name} {service}" for p in self._processes for service in p.services]
+            offered += [f"{p.name} set PARAMETER VALUE" for p in self._processes if p.node]
             say(f"'{line}' is none of: {', '.join(offered) or 'nothing can be typed here'}")
+
+    def _set(self, process: Process, name: str, text: str, before: Sequence[threading.Thread]) -> None:
+        """A parameter; in a thread, because it waits for answers. What was typed ``before`` is set before."""
+        for thread in before:
+            thread.join()
+        try:
+            self._alone(process)
+            say(f"{process.name}: {name} is {set_text(self._node, process.node, name, text)} now")
+        except RosError as error:
+            say(f"{process.name} set: refused: {error}")
 
     def _ask(self) -> None:
         """Call what was typed, as soon as it is found."""
         from std_srvs.srv import Trigger
 
         waiting = []
+        self._setting = [thread for thread in self._setting if thread.is_alive()]
         for process, service, client, end in self._asked:
-            if client.service_is_ready():
+            if self._setting and service not in HALTS:  # `arm set seed 5`, then `arm reset`: in their order
+                waiting.append((process, service, client, end))
+            elif client.service_is_ready() and service not in HALTS and self._nodes(process.node) > 1:
+                say(f"{service}: refused: two nodes are called {process.node} {self._mend()}")
+            elif client.service_is_ready():
                 name = f"{process.name} {service}"
                 client.call_async(Trigger.Request()).add_done_callback(lambda answer, n=name: _answered(n, answer.result()))
             elif time.monotonic() > end:
