@@ -178,6 +178,15 @@ def test_configure_of_what_is_no_checkpoint_says_so(stand: Stand) -> None:
     stand.rig.set(checkpoint=str(stand.folder / "first"))
 
 
+def test_a_policy_of_another_robot_is_refused_before_the_robot_is_waited_for(stand: Stand) -> None:
+    assert stand.rig.to("cleanup")
+    stand.rig.set(profile="ur5e", ready_timeout=500.0)  # nobody publishes a UR5e's topics
+    assert not stand.rig.to("configure")
+    assert "qpos" in stand.rig.node.refused
+    assert "deploy a policy that was trained for this robot" in stand.rig.node.refused
+    stand.rig.set(profile="virtual", ready_timeout=5.0)
+
+
 def test_what_nobody_foresaw_in_a_transition_is_said_and_leaves_the_node_usable(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,7 +457,10 @@ def test_in_shadow_mode_nothing_is_sent_and_everything_is_shown(stand: Stand) ->
     assert stand.rig.set(mode="shadow") == []
     assert stand.rig.to("configure", "activate")
     assert stand.ros.node.get_publishers_info_by_topic(f"/{PROFILE.command.topic}") == []  # there is not even a publisher
-    assert stand.rig.call("start")[0]
+    ok, message = stand.rig.call("start")
+    assert ok
+    assert "shadow mode: nothing is sent" in message
+    assert stand.rig.until(lambda told: told["mode"] == "running")["drives"] == "shadow"
     shown = stand.ros.messages(JointState, f"{NAME}/shadow", 60)
     assert shown[0].name == list(PROFILE.names)
     assert np.abs(np.diff([message.position for message in shown], axis=0)).max() > 0
@@ -515,6 +527,21 @@ def test_the_death_of_the_inference_process_stops_the_arm(stand: Stand) -> None:
     assert stand.rig.set(inference="thread") == []
 
 
+def test_the_death_of_an_inference_process_that_nobody_asks_is_said_at_once(stand: Stand) -> None:
+    assert stand.rig.set(inference="process") == []
+    assert stand.rig.to("activate")
+    planner: Any = stand.rig.node.deployment._planner  # type: ignore[union-attr]
+    os.kill(planner.pid, signal.SIGKILL)
+    told = stand.rig.until(lambda told: "inference process" in told["refused"])
+    assert "killed by SIGKILL" in told["refused"]
+    assert "deactivate, cleanup and configure" in told["refused"]
+    ok, message = stand.rig.call("start")
+    assert not ok
+    assert "killed by SIGKILL" in message
+    assert stand.rig.to("deactivate", "cleanup")
+    assert stand.rig.set(inference="thread") == []
+
+
 def test_ctrl_c_brings_the_arm_to_rest_before_the_program_ends(ros: Sandbox, tmp_path: Path) -> None:
     """rclpy's own handler ends the context at once: the last commands would not be sent.
 
@@ -526,7 +553,7 @@ def test_ctrl_c_brings_the_arm_to_rest_before_the_program_ends(ros: Sandbox, tmp
         process = ros.start(
             "hardware.ros2.policy_node", node="mover", namespace="left", checkpoint=tmp_path / "policy", autostart=True
         )
-        ros.until(lambda: len(driver.commands) > 100, 90, what="commands")
+        ros.until(lambda: len(driver.commands) > 100 and _speed(driver)[-5:].min() > 0.02, 90, what="an arm that moves")
         assert {"mover", "mover_io"} <= set(ros.node.get_node_names())
         child = int(
             subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()[0]
@@ -535,10 +562,13 @@ def test_ctrl_c_brings_the_arm_to_rest_before_the_program_ends(ros: Sandbox, tmp
         assert process.wait(60) == 0
     finally:
         driver.close()
-    commands = np.array([command for _, command in driver.commands])
-    speed = np.linalg.norm(np.diff(commands, axis=0), axis=1) / PERIOD
-    assert speed[-50:].max() > 0.02
-    assert speed[-1] < 0.2 * speed[-50:].max()
+    speed = _speed(driver)
+    assert speed[-1] < 0.2 * speed.max()
     assert "shutdown: done" in process.output()
     assert "Traceback" not in process.output()
     assert not Path(f"/proc/{child}").exists()
+
+
+def _speed(driver: Driver) -> np.ndarray:
+    """Of all commands that came, each against the one before [rad/s]."""
+    return np.asarray(np.linalg.norm(np.diff([command for _, command in list(driver.commands)], axis=0), axis=1) / PERIOD)

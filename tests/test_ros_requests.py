@@ -38,6 +38,7 @@ class Node:
 
     def __init__(self) -> None:
         self.arbiter, self.io, self.refused, self.reports = Arbiter(), self, "", 0
+        self.shadowed = False
         self.problems: Callable[[], list[str]] = list
         self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
         self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), rivals=list)

@@ -182,7 +182,9 @@ def test_what_is_missing_is_named_with_its_mend(ros: Sandbox) -> None:
         own.spin_in_thread()
         assert np.isnan(robot.state().positions).all()
         assert robot.state().stamp.came == -np.inf
-        with pytest.raises(RosError, match=r"'/joint_states'; nobody publishes it: start the driver.*and 3 more"):
+        with pytest.raises(
+            RosError, match=r"'/joint_states'; nobody publishes it: start the driver.*needs 'cube'.*nobody listens"
+        ):
             robot.ready(timeout=0.1)
         with pytest.raises(RosError, match="nothing has come for input 'cube'"):
             robot.observe()

@@ -12,7 +12,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import pydantic
 
@@ -251,7 +251,40 @@ def task_of(checkpoint: str) -> tuple[str | None, Mapping[str, Any]]:
     return task.get("name"), task.get("args") or {}
 
 
-def check_fit(policy: Policy | ExportedPolicy, robot: Robot) -> None:
+class Featured(Protocol):
+    """What a policy, a robot and its model have: what is seen, and what an action is."""
+
+    @property
+    def observation_features(self) -> Mapping[str, Feature]: ...
+    @property
+    def action_feature(self) -> Feature: ...
+
+
+class Features(NamedTuple):
+    """Those of a policy that is not loaded."""
+
+    observation_features: Mapping[str, Feature]
+    action_feature: Feature
+
+
+def features_of(checkpoint: str) -> Features | None:
+    """What the files of a policy say that it sees and does; None where that takes loading it. Raises CheckpointError."""
+    if is_export(checkpoint):
+        from robopolicy.deploy.manifest import load_manifest
+
+        manifest = load_manifest(checkpoint)
+        return Features(manifest.observation_features, manifest.action_feature)
+    from robopolicy.train.checkpoint import find_policy, read_document
+
+    document = read_document(find_policy(checkpoint) / "policy")
+    if not {"observations", "action"} <= set(document):
+        return None
+    seen = {name: Feature.from_json(name, value) for name, value in document["observations"].items()}
+    action = dict(document["action"])
+    return Features(seen, Feature.from_json(action.pop("name", "action"), action))
+
+
+def check_fit(policy: Featured, robot: Featured) -> None:
     """Raises ConfigError where the robot lacks a feature of the policy, or declares another shape, unit, order or rate."""
     for name, feature in policy.observation_features.items():
         if name not in robot.observation_features:

@@ -169,7 +169,7 @@ class Reporter:
             entries += health(status, self._clock.now(), deployment.limits, rejected)
         with self._lock:
             self._log(status)
-            self._tell(lifecycle, refused, estopped, status, {"checkpoint": config.checkpoint, "profile": config.profile})
+            self._tell(lifecycle, refused, estopped, status, {name: facts[name] for name in ("drives", "checkpoint", "profile")})
             self._diagnostics.publish(to_message(entries, self._node.get_name(), config.profile, self._clock.stamp()))
 
     def _log(self, status: Status | None) -> None:

@@ -28,7 +28,7 @@ from sensor_msgs.msg import JointState
 
 from hardware.ros2 import parameters
 from hardware.ros2.contract import SIGNAL
-from hardware.ros2.deployment import Deployment, deploy, profile_of, task_of
+from hardware.ros2.deployment import Deployment, check_fit, deploy, features_of, profile_of, task_of
 from hardware.ros2.diagnostics import Reporter
 from hardware.ros2.joints import make_model
 from hardware.ros2.parameters import NodeConfig
@@ -83,6 +83,7 @@ class PolicyNode(LifecycleNode):
         me = self.get_fully_qualified_name()
         self._shadow = self.io.create_publisher(JointState, f"{me}/shadow", SIGNAL.to_ros())
         self._commanded = self.io.create_publisher(JointState, f"{me}/commanded", SIGNAL.to_ros())
+        self._fault: BaseException | None = None  # of inference, that has been said
         self._followed = False  # somebody listens to ~/commanded
         self.requests, self.reporter = Requests(self), Reporter(self, self._time)
         self.add_on_set_parameters_callback(self._on_parameters)
@@ -92,6 +93,11 @@ class PolicyNode(LifecycleNode):
     def lifecycle(self) -> str:
         """``unconfigured``, ``inactive``, ``active`` or ``finalized``."""
         return str(self._state_machine.current_state[1])
+
+    @property
+    def shadowed(self) -> bool:
+        """Nothing is sent to the arm."""
+        return self.deployment is not None and self.deployment.config.mode == "shadow"
 
     def refuse(self, what: str) -> None:
         """Say what was refused, and why: in the log, on ~/state and in diagnostics, until something works (empty)."""
@@ -136,7 +142,7 @@ class PolicyNode(LifecycleNode):
             self.refuse(f"{name} failed: {type(error).__name__}: {error}")
             return ERROR
         self.refuse("")
-        self.get_logger().info(f"{name}: done")
+        self.get_logger().info(f"{name}: done{'; shadow mode: nothing is sent to the arm' if self.shadowed else ''}")
         return SUCCESS
 
     def _configure(self) -> None:
@@ -144,6 +150,8 @@ class PolicyNode(LifecycleNode):
         config = parameters.read(self)
         profile = profile_of(config)
         model = make_model(profile, *task_of(config.checkpoint))
+        if (features := features_of(config.checkpoint)) is not None:
+            check_fit(features, model)  # before anything is waited for
         try:
             self.robot = RosRobot(profile, self.io, self._time, model, enabled=config.mode == "live")
             self._await(self.robot, config.ready_timeout)
@@ -156,8 +164,7 @@ class PolicyNode(LifecycleNode):
         end = time.monotonic() + timeout
         while problems := robot.problems():
             if time.monotonic() > end or self._ending.wait(_POLL):
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                raise RosError(f"{_NOT_READY} after {timeout:g} s: {problems[0]}{more}")
+                raise RosError(f"{_NOT_READY} after {timeout:g} s: {'; '.join(problems)}")
 
     def _activate(self) -> None:
         assert self.deployment is not None
@@ -238,6 +245,9 @@ class PolicyNode(LifecycleNode):
         if self._messages.fault is not None and not self.over:
             self.refuse(f"the thread of the arm's topics died: {self._messages.fault!r}")
             self.over = True
+        if self.deployment is not None and (fault := self.deployment.fault) is not None and fault is not self._fault:
+            self._fault = fault  # said once, at once: nobody may be asking for plans
+            self.refuse(f"{fault}; deactivate, cleanup and configure begin another")
         self._followed = self._commanded.get_subscription_count() > 0
         if time.monotonic() >= self._next_try:
             self._autostart()
@@ -265,7 +275,7 @@ class PolicyNode(LifecycleNode):
         """What was wanted, to who listens, and in shadow mode what would have been sent. On the control thread: 0.1 ms each."""
         if self._followed and period.target.positions is not None:
             self._commanded.publish(self._positions(period, period.target.positions))
-        if period.result.executed is not None and self.deployment is not None and self.deployment.config.mode == "shadow":
+        if period.result.executed is not None and self.shadowed:
             self._shadow.publish(self._positions(period, period.result.executed))
 
     def _positions(self, period: Period, positions: np.ndarray) -> JointState:

@@ -62,6 +62,8 @@ class Requests:
         robot = node.robot
         if node.lifecycle != "active" or arbiter is None or robot is None:
             return False, f"the node is {node.lifecycle}; configure and activate it first"
+        if (fault := getattr(node.deployment, "fault", None)) is not None and name == "start":
+            return False, f"{fault}; deactivate, cleanup and configure begin another"
         if problems := [*robot.problems(), *robot.rivals()]:
             return False, problems[0]
         with self._lock:  # who stops now stops what is asked for here
@@ -74,7 +76,8 @@ class Requests:
         if ok or ticket.answer is None:  # or it begins later than one waits
             with self._lock:
                 self.acts += 1
-        return ok, message.removeprefix("refused: ")
+        shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
+        return ok, message.removeprefix("refused: ") + shadow
 
     def home(self) -> Said:
         return self.start("home")

@@ -158,8 +158,7 @@ class RosRobot:
         end = time.monotonic() + timeout
         while problems := self.problems():
             if time.monotonic() > end:
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                raise RosError(f"the robot is not ready after {timeout:g} s: {problems[0]}{more}")
+                raise RosError(f"the robot is not ready after {timeout:g} s: {'; '.join(problems)}")
             time.sleep(_POLL)
 
     def problems(self) -> list[str]:
@@ -296,7 +295,8 @@ class RosRobot:
             return f"{sum(slot.rejected.values())} messages were refused, the last for its {slot.last_rejection}"
         publishers = self.node.get_publishers_info_by_topic(self._paths[key])
         if not publishers:
-            return "nobody publishes it: start the driver, or check namespace, remapping and ROS_DOMAIN_ID"
+            need = f"nobody publishes it, and the policy needs '{name}'" if name in self.model.inputs else "nobody publishes it"
+            return f"{need}: start the driver, or check namespace, remapping and ROS_DOMAIN_ID"
         if wrong := {info.topic_type for info in publishers} - {topic.type}:
             return f"it carries {', '.join(sorted(wrong))}, expected {topic.type}; change the profile"
         return "somebody publishes it and nothing arrives: run `robopolicy doctor ros`"
