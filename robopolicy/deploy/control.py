@@ -28,6 +28,8 @@ from robopolicy.robot import Robot
 
 __all__ = ["ControlConfig", "ControlLoop", "summarise"]
 
+_PATIENCE = 5.0  # [s] for messages to be fresh again before an episode: a busy computer may have held them up
+
 
 class ControlLoop:
     """One robot, one policy.
@@ -126,7 +128,12 @@ class ControlLoop:
     def _begin(self) -> None:
         """Wait for the first plan, standing. Its rows count from when the arm starts to move."""
         self._keep_jumps()
-        refused = self.arbiter.begin("policy", self.robot.state())
+        end = self.clock.now() + _PATIENCE
+        while refused := self.arbiter.begin("policy", self.robot.state()):
+            late = all(reason.kind == "stale" for reason in refused)
+            if not late or self.safety.mode is not Mode.RUNNING or self.clock.now() >= end:
+                break
+            self.clock.sleep_until(self.clock.now() + self.dt)
         if refused and self.safety.mode is Mode.RUNNING:
             raise EvaluationError(f"the policy cannot begin: {refused[0]}")
         while not refused and not self.source.ready(self.clock.now()):
