@@ -34,12 +34,16 @@ def leftovers(age: float = 1.0, folder: Path = FOLDER) -> list[Path]:
 
 
 def segments(pid: int) -> set[str]:
-    """Names ``fastdds_...`` that a process uses; empty when it is gone."""
+    """Names ``fastdds_...`` that a process uses; empty when it is gone.
+
+    Not the ports below 7400: all domains share them, and somebody else may be about to open the one that was let go.
+    """
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return set()
-    return {match[1] for line in maps.splitlines() if (match := _NAME.match(line.rsplit("/", 1)[-1]))}
+    names = {match[1] for line in maps.splitlines() if (match := _NAME.match(line.rsplit("/", 1)[-1]))}
+    return {name for name in names if not re.fullmatch(r"fastdds_port7[0-3]\d\d", name)}
 
 
 def remove(paths: Iterable[Path]) -> int:
