@@ -264,7 +264,10 @@ rclpy.spin(driver)
 def test_a_sick_robot_over_dds(ros: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stand_in_robot.py").write_text(ROBOT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    from sensor_msgs.msg import JointState
+
     ros.start("stand_in_robot", namespace="left")
+    ros.message(JointState, "left/joint_states")  # it is there, however long it took
     command = [sys.executable, "-m", "robopolicy.cli", "doctor", "ros", "--namespace", "left", "--seconds", "1", "--json"]
     process = ros.run(command)
     assert process.wait(60) == 1
