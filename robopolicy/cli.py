@@ -22,7 +22,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("robopolicy.train.commands", "train a diffusion or flow policy on demonstrations; resume a run"),
     "finetune": ("robopolicy.rl.commands", "make a checkpoint better by reinforcement in simulation; resume a run"),
     "distill": ("robopolicy.distill.commands", "teach a student to do in one network call what its teacher does in many"),
-    "eval": ("robopolicy.evaluate.commands", "measure a policy in simulation: success and score with intervals, films"),
+    "eval": (
+        "robopolicy.evaluate.commands",
+        "measure a policy in simulation, or on a robot: success and score with intervals, films",
+    ),
     "compose": ("robopolicy.compose.commands", "make one policy of several without training; find their weights, test them"),
     "compare": ("robopolicy.evaluate.compare", "compare policies on the same seeds, with tests that may be looked at any time"),
     "export": ("robopolicy.deploy.export", "write a checkpoint as graphs that run without torch: onnx, openvino, torchscript"),

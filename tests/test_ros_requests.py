@@ -21,11 +21,12 @@ class Arbiter:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.meanwhile: dict[str, Callable[[], Any]] = {}
+        self.answer = True, "done"
 
     def request(self, name: str, **arguments: Any) -> Ticket:
         ticket = Ticket(name, arguments, 0.0)
         self.asked.append(name)
-        ticket.settle(True, "done")
+        ticket.settle(*self.answer)
         if act := self.meanwhile.pop(name, None):
             act()
         return ticket
@@ -90,6 +91,12 @@ def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requ
     assert not ok
     assert "call ~/start" in message
     assert node.arbiter.asked == ["stop"]
+
+
+def test_a_refused_start_says_what_to_do(node: Node, requests: Requests) -> None:
+    node.arbiter.answer = False, "refused: start_moved joint1: 0.53, limit 0.2"
+    said = "start_moved joint1: 0.53, limit 0.2; if somebody moved the arm on purpose: reset first, then start"
+    assert requests.start() == (False, said)
 
 
 def test_an_emergency_stop_meanwhile_refuses_the_start(node: Node, requests: Requests) -> None:

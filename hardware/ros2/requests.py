@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from robopolicy.deploy.arbiter import Arbiter
     from robopolicy.deploy.requests import Ticket
 
+_MENDS = {  # of refused starts
+    "start_moved": "if somebody moved the arm on purpose: reset first, then start",
+    "start_unfamiliar": "no demonstration began like this: put the arm or the object back, or go home",
+}
 Said = tuple[bool, str]  # whether it was done, and what there is to say
 
 
@@ -77,7 +81,8 @@ class Requests:
             with self._lock:
                 self.acts += 1
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
-        return ok, message.removeprefix("refused: ") + shadow
+        mend = "" if ok else next((f"; {mend}" for kind, mend in _MENDS.items() if kind in message), "")
+        return ok, message.removeprefix("refused: ") + shadow + mend
 
     def home(self) -> Said:
         return self.start("home")

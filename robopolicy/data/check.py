@@ -275,7 +275,9 @@ def _check_stuck(layout: Layout, movement: dict[str, np.ndarray], ends: np.ndarr
             start, stop = max(runs, key=lambda r: r[1] - r[0])
             text = f"repeats itself {len(runs)} times for {least} steps or more while others change, longest {start}:{stop}"
             layout.warning(
-                f"data/{name}", text, "a stuck sensor or camera; look at those episodes and drop them when it was dead"
+                f"data/{name}",
+                text,
+                "a stuck sensor, or an object that lay still; look at those episodes, drop them if it was dead",
             )
     repeated = ~np.asarray(moved.any(axis=0))
     repeated[first] = False
