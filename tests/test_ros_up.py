@@ -131,8 +131,8 @@ def test_starts_in_order_and_ends_in_reverse_on_ctrl_c(ros: Sandbox, system: Pat
 
 
 def test_one_dies_the_others_are_ended_and_the_exit_code_says_which(ros: Sandbox, system: Path) -> None:
-    process = start(ros, system, "life=3.0", "start=false")
-    assert process.wait(40) == 10  # the first of the file
+    process = start(ros, system, "life=10.0", "start=false")  # long enough for the policy to have come
+    assert process.wait(60) == 10  # the first of the file
     order(process.output(), "arm ended with exit code 7; ending the others", "policy has stopped")
 
 
