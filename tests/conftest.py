@@ -29,16 +29,6 @@ def shared_data(name: str) -> Path:
     return path
 
 
-_ROS_FILES = ("test_ros_", "test_bag", "test_evaluate_robot")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real time does not share two cores with itself: tests that start ROS processes follow each other in one worker."""
-    for item in items:
-        if item.path.name.startswith(_ROS_FILES) or {"ros", "ros_module"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("ros"))
-
-
 @pytest.fixture
 def ros() -> Iterator["Sandbox"]:
     """ROS 2 on a domain of the test's own; see tests/ros.py."""
