@@ -12,6 +12,7 @@ The fixtures ``ros`` (a test's own) and ``ros_module`` (shared by the tests of a
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -31,19 +32,21 @@ from hardware.ros2.runtime import LOCALHOST
 
 ROOT = Path(__file__).resolve().parents[1]
 _DOMAINS = range(20, 102)  # 0 to 19 are left to people
+# The next user takes the next domain, and workers begin apart: killed nodes, and their ports, live on for a while.
+_NEXT = itertools.count(37 * os.getpid())
 _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
 def domain() -> Iterator[int]:
-    """A ROS domain for this process alone. A bound port is the lock: whatever ends us, the system frees it.
+    """A ROS domain for one user alone, another one each time. A bound port is the lock: whatever ends us, the system frees it.
 
     The port is the last of the domain's own 250, where the 120th participant would be: no other program is there.
     """
     lock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        for number in range(len(_DOMAINS)):
-            found = _DOMAINS[(os.getpid() + number) % len(_DOMAINS)]
+        for _ in _DOMAINS:
+            found = _DOMAINS[next(_NEXT) % len(_DOMAINS)]
             try:
                 lock.bind(("127.0.0.1", 7400 + 250 * found + 249))
             except OSError:

@@ -50,6 +50,15 @@ def test_topics_services_parameters_and_processes(talker: str) -> None:
         process.wait(10)
 
 
+def test_a_domain_is_not_used_twice_in_a_row() -> None:
+    """What was killed in it is still announced for a while, and its ports are still mapped by who talked to it."""
+    numbers = []
+    for _ in range(4):
+        with domain() as number:
+            numbers.append(number)
+    assert len(set(numbers)) == 4
+
+
 def test_killed_processes_leave_no_shared_memory(talker: str) -> None:
     with sandbox() as ros:
         process = ros.start(talker)
