@@ -22,6 +22,7 @@ from sim.virtual import Joints, World
 REFLEX_SPEED = 1.6  # times the joint's rated speed: about where libfranka and UR's controllers stop the arm
 REFLEX_STEP = 0.1  # between two commands [rad]
 CATCH_UP = 0.8  # of the time between commands is what each gets at least, when several come at once
+LOOKAHEAD = 0.03  # streamed targets are reached in so long [s]: the least that UR's `servoj` takes
 MAX_LAG = 0.1  # physics that is this late gives time up instead of catching up [s]
 _SMOOTHING = 0.05  # of the average time between commands
 
@@ -72,7 +73,7 @@ class Driver:
         clock: Clock,
         *,
         rate: float = 100.0,
-        lookahead: float = 0.02,
+        lookahead: float = LOOKAHEAD,
         kinematics: Kinematics | None = None,
     ) -> None:
         if tuple(world.names) != limits.names:

@@ -12,7 +12,7 @@ from robopolicy.errors import TaskError
 from robopolicy.robot import Measured
 from sim.arm.robot import ArmModel, SimArm
 from sim.arm.task import ArmTask
-from sim.driver import CommandError, Driver
+from sim.driver import LOOKAHEAD, CommandError, Driver
 from sim.render import renderer_available
 from sim.virtual import ArmWorld, World, make_world
 
@@ -146,7 +146,7 @@ def test_a_burst_of_commands_is_no_leap_and_is_made_up_for(world: ArmWorld, rate
                     rig.driver.stream(ARM, rig.begin[:7] + 0.4 * np.sin(np.pi * j / rate / 1.5) ** 2 * np.eye(7)[0])
                 sent = k + 1
         assert rig.driver.reflex == ""
-        assert rig.driver._due - rig.clock.time == pytest.approx(0.02, abs=5e-3), "as soon as without the burst"
+        assert rig.driver._due - rig.clock.time == pytest.approx(LOOKAHEAD, abs=5e-3), "as soon as without the burst"
         found.append({key: rig.worst(key) for key in ("velocity", "acceleration")})
     smooth, burst_ = found
     assert smooth["velocity"] == pytest.approx(0.4 * np.pi / 1.5 / 2.2, rel=0.15), "physics has 400 Hz"

@@ -32,7 +32,7 @@ from hardware.ros2.streams import Stream
 from robopolicy.config import Config, parse
 from robopolicy.deploy.clock import Ticker
 from robopolicy.errors import ConfigError, RobopolicyError
-from sim.driver import Driver
+from sim.driver import LOOKAHEAD, Driver
 from sim.virtual import WORLDS, World, make_world
 
 _CAMERAS = Quality(reliable=False)
@@ -52,7 +52,7 @@ class VirtualArmConfig(Config):
     camera_rate: float = pydantic.Field(15.0, ge=1, le=60, description="of each camera [Hz]")
     image_height: int = pydantic.Field(240, ge=16, le=1080, description="of pictures [px]")
     image_width: int = pydantic.Field(320, ge=16, le=1920, description="of pictures [px]")
-    lookahead: float = pydantic.Field(0.02, ge=0, le=0.2, description="streamed targets are reached in so long [s]")
+    lookahead: float = pydantic.Field(LOOKAHEAD, ge=0, le=0.2, description="streamed targets are reached in so long [s]")
     fault_seed: int = pydantic.Field(0, ge=0, description="of the faults that happen by chance")
     record_path: str = pydantic.Field("", description="file that ~/record, and the end, write the record to; empty: none")
 
