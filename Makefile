@@ -19,11 +19,7 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(addprefix --ignore=,$(ROS))
-	for file in $(ROS); do $(BIN)/pytest -n 0 $$file || exit 1; done
-
-# Processes over real DDS: a program and two cores of its own for each file. Fast DDS was seen to lose services where they shared.
-ROS := $(wildcard tests/test_ros_*.py) tests/test_bag.py tests/test_evaluate_robot.py
+	$(BIN)/pytest
 
 setup: .venv/.dev
 
