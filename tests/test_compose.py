@@ -75,6 +75,19 @@ def test_weight_one_is_the_parent_to_the_bit_by_its_own_path_and_sampler(order: 
     like_second = compose(order, weights=[0, 1], path=second.config.path, sampler=second.config.sampler)
     assert np.array_equal(act(like_second), act(second))
     assert not np.allclose(act(compose(order)), act(first))
+    assert np.array_equal(act(compose(order, rule="guidance", weights=[1, 0])), act(first))
+
+
+@torch.no_grad()
+def test_guidance_goes_on_beyond_the_first_parent_away_from_the_second() -> None:
+    both = compose([A, B], rule="guidance", weights=[2.5, -1.5])
+    assert compose([A, B], rule="guidance").config.weights == (1.5, -0.5)
+    ctx, x, t = both.encode(both.observe(observations())), torch.randn(3, 6, 2), torch.full((3,), 0.4)
+    first, second = both.each(x, t, ctx)
+    seen = both.field(x, t, ctx)
+    torch.testing.assert_close(seen.x0, second.x0 + 2.5 * (first.x0 - second.x0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.eps, second.eps + 2.5 * (first.eps - second.eps), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(act(both)).all()
 
 
 def test_the_order_of_parents_does_not_matter_and_a_policy_with_itself_is_itself() -> None:
@@ -217,7 +230,7 @@ def test_scales_by_row_go_with_the_longest_parent() -> None:
 # ---- saving ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["convex", "product", "and", "or"])
+@pytest.mark.parametrize("rule", ["convex", "product", "guidance", "and", "or"])
 def test_a_saved_composition_is_the_same_one(rule: str, tmp_path: Path) -> None:
     both = compose([A, B], rule=rule)  # type: ignore[arg-type]
     nested = compose([compose([A, B]), parent(3)], weights=[0.6, 0.4])
@@ -290,6 +303,10 @@ def test_garbled_documents_are_refused(change: dict[str, Any], message: str, tmp
         ([A, B], {"weights": [0.5, 0.6]}, "sum 1"),
         ([A, B], {"weights": [1.5, -0.5]}, "sum 1"),
         ([A, B], {"weights": [1.0]}, "1 weights for 2"),
+        ([A, B], {"rule": "guidance", "weights": [1.5, 0.5]}, "1 - scale"),
+        ([A, B], {"rule": "guidance", "weights": [-0.5, 1.5]}, "not negative"),
+        ([A, B, A], {"rule": "guidance", "weights": [2, -0.5, -0.5]}, "takes two policies"),
+        ([A, parent(2, horizon=8)], {"rule": "guidance"}, "same horizon"),
         ([A, B], {"rule": "product", "weights": [0, 0]}, "not all 0"),
         ([A, B], {"rule": "and", "sampler": {"type": "ddim"}}, "way of sampling"),
         ([A, B], {"sampler": {"type": SUPERPOSE, "mode": "or"}}, "belongs to rule"),

@@ -129,6 +129,16 @@ def test_a_search_chooses_on_some_seeds_and_tests_on_others(
     assert (tmp_path / "eval" / "composition" / "eval.json").exists()
 
 
+def test_a_scale_of_guidance_is_found_beyond_the_first_parent(parents: list[str], tmp_path: Path) -> None:
+    settings = ["--points", "3", "--search-episodes", "3", "--episodes", "3", "--num-envs", "3"]
+    assert main(["compose", *parents, "--rule", "guidance", "--search", *settings, "--out", str(tmp_path)]) == 0
+    value = json.loads((tmp_path / "compose.json").read_text())
+    assert [point["weights"] for point in value["search"]["points"]] == [[1, 0], [2, -1], [3, -2]]
+    assert value["predicted"] is None
+    assert not any("equal" in control["name"] for control in value["test"]["controls"])
+    assert load_policy(tmp_path).config.rule == "guidance"  # type: ignore[attr-defined]
+
+
 def test_a_superposition_is_tested_against_its_own_noise(parents: list[str], tmp_path: Path) -> None:
     settings = ["--rule", "and", "--search", "--search-episodes", "2", "--episodes", "3", "--steps", "4", "--num-envs", "3"]
     assert main(["compose", *parents, *settings, "path.type=vp_cosine", "--out", str(tmp_path)]) == 0
@@ -178,6 +188,8 @@ def test_weights_in_equal_steps() -> None:
         (["A", "B", "--search", "--seeds", "search"], "chosen on those"),
         (["A", "B", "--search", "--seeds", "300050"], "overlap with search seeds"),
         (["A", "B", "--points", "1"], "at least 2"),
+        (["A", "B", "--rule", "guidance", "--data", "any.zarr"], "found by --search alone"),
+        (["A", "B", "--rule", "guidance", "--weights", "1.5", "0.5"], "1 - scale"),
         (["A", "B", "--weights", "0.5", "0.6"], "with sum 1"),
         (["A", "nowhere"], "'nowhere' does not exist"),
         (["A", "B", "sampler.type=jump"], "has no way"),

@@ -25,7 +25,8 @@ examples:
   robopolicy compose outputs/a outputs/b outputs/c --search path.type=flow sampler.type=euler
 
 rules: convex is the weighted mean of what the parents see at each step (a compromise: where they want different things it goes
-between); product multiplies them (sharper: what both hold likely); and, or are superpositions, sampled stochastically. Parents
+between); product multiplies them (sharper: what both hold likely); guidance follows the first away from the second, which hears
+less (classifier-free) or is weaker: weights are scale and 1 - scale; and, or are superpositions, sampled stochastically. Parents
 may differ in observations, path (diffusion, flow), prediction, network and horizon; they must command the same action, in the
 same representation, with the same normaliser. Path and sampler are the first parent's; key=value changes them (path.*,
 sampler.*, n_action_steps, prior_std, renormalize=true).
@@ -40,11 +41,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parents", nargs="+", metavar="CKPT", help="two or more run or checkpoint folders; then key=value")
     parser.set_defaults(overrides=[])
     parser.add_argument(
-        "--rule", choices=("convex", "product", "and", "or"), default="convex", help="how to mix (default convex)"
+        "--rule",
+        choices=("convex", "product", "guidance", "and", "or"),
+        default="convex",
+        help="how to mix (default convex)",
     )
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each parent (default: equal)")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="one for each parent (default: equal; guidance: 1.5 -0.5)"
+    )
     parser.add_argument("--search", action="store_true", help="find weights by roll-outs and test them on other seeds")
-    parser.add_argument("--points", type=count, metavar="N", help="weights from 0 to 1 to try (default 11; 5 for more parents)")
+    parser.add_argument(
+        "--points",
+        type=count,
+        metavar="N",
+        help="weights from 0 to 1 to try (default 11; 5 for more parents); guidance: scales from 1 to 3 (default 9)",
+    )
     parser.add_argument("--search-episodes", type=count, default=100, metavar="N", help="episodes for each of them (default 100)")
     parser.add_argument("--on", choices=("success", "score"), default="success", help="what decides: success, or max reward")
     parser.add_argument("--data", type=Path, metavar="ZARR", help="demonstrations new to the parents, to predict weights from")
@@ -135,6 +146,8 @@ def _check(args: argparse.Namespace, parents: list[str]) -> None:
         raise ConfigError(f"--weights gives {len(args.weights)} for {len(parents)} parents; give one each")
     if args.weights is not None and args.rule in ("and", "or"):
         raise ConfigError(f"rule '{args.rule}' finds its own weights at every step; drop --weights")
+    if args.rule == "guidance" and args.data is not None:
+        raise ConfigError("--data predicts the weights of a mean; a scale of rule 'guidance' is found by --search alone")
     if args.search and args.weights is not None:
         raise ConfigError("--search finds the weights; drop --weights, or drop --search to save these")
     if args.search and args.seeds == "search":
@@ -166,7 +179,7 @@ def _predict(args: argparse.Namespace, policy: Composed, parents: list[str]) -> 
     from robopolicy.compose.held import held_out
     from robopolicy.compose.predict import predict_weights
 
-    if not (args.search or args.data):
+    if not (args.search or args.data) or args.rule == "guidance":  # the least error is not beyond both parents
         return None
     windows = held_out(policy, parents, args.data)
     if isinstance(windows, str):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Convex, Field, OnPath, OnRows, Product
+from robopolicy.generative.guidance import Guidance
 from robopolicy.generative.path import Path, Pred, broadcast_time
 
 
@@ -27,13 +28,13 @@ class Mixture:
         fields: One per parent, for the whole chunk and context (:func:`adapted`).
         rows: The rows that each of them has.
         horizon: Rows of the chunk.
-        rule: ``product``; anything else is the weighted mean.
+        rule: ``product`` or ``guidance``; anything else is the weighted mean.
         weights: One per parent.
         path: The path that all fields are on.
         prior_std: Of the product.
 
     Raises:
-        ConfigError: The weights do not fit the rule.
+        ConfigError: The weights, or the parents, do not fit the rule.
     """
 
     def __init__(
@@ -54,12 +55,27 @@ class Mixture:
         shared = have.bool().all(0)
         self.aligned = bool(shared.all())
         given = torch.tensor(weights, dtype=torch.float64)[:, None]
-        if rule != "product" and (abs(float(given.sum()) - 1) > 1e-6 or float(given.min()) < 0):
+        sums_to_one = abs(float(given.sum()) - 1) < 1e-6
+        if rule == "guidance":
+            self._check_guidance(sums_to_one, weights)
+            self.mixed: Field = Guidance(self.fields[0], self.fields[1], float(weights[0]))
+            return
+        if rule != "product" and not (sums_to_one and float(given.min()) >= 0):
             raise ConfigError(f"weights {list(weights)}: rule convex needs one each, none negative, with sum 1")
         total = (have * given).sum(0)
         elsewhere = torch.where(total > 0, have * given / total.clamp_min(1e-12), self.alone)
         by_row = torch.where(shared, given, elsewhere)
         self.mixed = Product(self.fields, by_row, path, prior_std) if rule == "product" else Convex(self.fields, by_row)
+
+    def _check_guidance(self, sums_to_one: bool, weights: Sequence[float]) -> None:
+        if len(self.fields) != 2 or not self.aligned:
+            raise ConfigError(
+                "rule guidance takes two policies of the same horizon and n_obs_steps: the one to follow, then the one to leave"
+            )
+        if not sums_to_one or weights[0] < 0:
+            raise ConfigError(
+                f"weights {list(weights)}: rule guidance needs scale and 1 - scale, for example 1.5 -0.5; scale not negative"
+            )
 
     def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
         return self.mixed(x, t, ctx)

@@ -27,7 +27,7 @@ from robopolicy.generative.path import PATHS, Path, Pred
 from robopolicy.generative.sampler import SAMPLERS, Generators, Sampler, SampleResult
 from robopolicy.policy import Policy, PolicyConfig, build_policy
 
-Rule = Literal["convex", "product", "and", "or"]
+Rule = Literal["convex", "product", "guidance", "and", "or"]
 
 _SPREAD = 1.25  # of the ratios of two normalisers' scales, beyond which one noise level no longer describes the other's states
 
@@ -37,9 +37,11 @@ class ComposedConfig(PolicyConfig):
     ``encoder`` describe no network here: they are what a student of this policy starts from.
 
     Attributes:
-        rule: ``convex`` mean of what the parents see, ``product`` of experts, or superposition: ``and``, ``or``, which are
+        rule: ``convex`` mean of what the parents see, ``product`` of experts, ``guidance`` of the first away from the second
+            (classifier-free, when the second hears less than the first), or superposition: ``and``, ``or``, which are
             stochastic samplers.
-        weights: One per parent. Convex: sum 1. Product: exponents. ``and`` and ``or`` have none: they find their own.
+        weights: One per parent. Convex: sum 1. Product: exponents. Guidance: scale and ``1 - scale``. ``and`` and ``or`` have
+            none: they find their own.
         prior_std: Of the product, see :class:`robopolicy.generative.fields.Product`.
         renormalize: Accept parents whose action normalisers differ a little.
     """
@@ -57,7 +59,7 @@ class ComposedConfig(PolicyConfig):
                 f"rule '{self.rule}' is a way of sampling: it needs sampler {{type: {SUPERPOSE}, mode: '{self.rule}'}}; "
                 "to fine-tune, or for another sampler, compose with rule convex or product"
             )
-        if superposes and self.rule in ("convex", "product"):
+        if superposes and self.rule not in ("and", "or"):
             raise ValueError(f"sampler superpose in mode '{self.sampler['mode']}' belongs to rule '{self.sampler['mode']}'")
         if self.sampler["type"] == "jump" or self.target_time:
             raise ValueError("parents are mixed on the way from noise to action; sampler 'jump' has no way, use euler or ddim")
@@ -242,7 +244,7 @@ class Composed(Policy):
             )
             at += parent.ctx_dim
         # A superposition finds its weights while sampling; asked for as a field, it is the mean.
-        weights = config.weights if config.rule in ("convex", "product") else [1 / len(parents)] * len(parents)
+        weights = [1 / len(parents)] * len(parents) if config.rule in ("and", "or") else config.weights
         return Mixture(fields, self.rows, config.horizon, config.rule, weights, self.path, config.prior_std)
 
 
@@ -254,7 +256,7 @@ def compose(
     Args:
         parents: Two or more, on one device.
         rule: How what they see is mixed.
-        weights: One per parent. Default: equal, with sum 1; for ``product`` 1 each.
+        weights: One per parent. Default: equal, with sum 1; for ``product`` 1 each, for ``guidance`` 1.5 and -.5.
         settings: Of :class:`ComposedConfig`, for example ``sampler={"type": "ddim", "num_steps": 20}``,
             ``path={"type": "flow"}``, ``renormalize=True``.
 
@@ -265,13 +267,16 @@ def compose(
         raise ConfigError(f"{len(parents)} policy to compose; give at least two")
     first = parents[0].config
     past = max(parent.n_obs_steps for parent in parents)
+    if weights is None:
+        known = {"product": [1.0] * len(parents), "guidance": [1.5, -0.5]}
+        weights = known.get(rule, [1 / len(parents)] * len(parents))
     chosen = first.model_dump(mode="json", include=set(PolicyConfig.model_fields) - {"frozen_above", "target_time"})
     chosen |= {
         "n_obs_steps": past,
         "horizon": max(past - parent.n_obs_steps + parent.horizon for parent in parents),
         "n_action_steps": min(parent.n_action_steps for parent in parents),
         "rule": rule,
-        "weights": list(weights) if weights is not None else [1.0 if rule == "product" else 1 / len(parents)] * len(parents),
+        "weights": list(weights),
     }
     if rule in ("and", "or"):
         steps = {key: first.sampler[key] for key in ("clip",) if key in first.sampler}

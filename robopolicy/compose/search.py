@@ -256,8 +256,8 @@ class Search:
     def find(self) -> Found:
         """Choose weights on the search seeds; for ``and`` and ``or`` there are none to choose."""
         on: On = self.args.on
-        weighted = self.rule in ("convex", "product")
-        grid = simplex(len(self.parents), self.args.points or (11 if len(self.parents) == 2 else 5)) if weighted else []
+        weighted = self.rule not in ("and", "or")
+        grid = self._grid() if weighted else []
         points = []
         for row in grid:
             weights = tuple(self.total * w for w in row)
@@ -273,6 +273,11 @@ class Search:
         worth = [e.success.mean if on == "success" else e.max_reward.mean for e in corners]
         policy = _weighted(self.base, chosen.weights) if weighted else self.base
         return Found(policy, chosen, points, worth.index(max(worth)))
+
+    def _grid(self) -> list[tuple[float, ...]]:
+        if self.rule == "guidance":
+            return guidance_scales(self.args.points or 9)
+        return simplex(len(self.parents), self.args.points or (11 if len(self.parents) == 2 else 5))
 
     def test(self, found: Found, prediction: Prediction | None) -> Outcome:
         """The chosen composition and everything that it must beat, on the test seeds."""
@@ -305,7 +310,7 @@ class Search:
         if self.rule in ("and", "or"):
             equal = base.varied(rule="convex", weights=[1 / count] * count, sampler=plain_sampler(base))
             rivals.append(("mean, same stochastic sampler", equal))
-        elif len(set(found.chosen.weights)) > 1:
+        elif self.rule != "guidance" and len(set(found.chosen.weights)) > 1:
             rivals.append(("equal weights", _weighted(base, (self.total / count,) * count)))
         return rivals
 
@@ -327,6 +332,12 @@ def simplex(parents: int, points: int) -> list[tuple[float, ...]]:
     steps = points - 1
     rows = (row for row in itertools.product(range(steps + 1), repeat=parents) if sum(row) == steps)
     return [tuple(round(k / steps, 12) for k in row) for row in sorted(rows)]
+
+
+def guidance_scales(points: int) -> list[tuple[float, ...]]:
+    """Weights ``(scale, 1 - scale)`` for scales from 1, the first parent alone, to 3."""
+    scales = [round(1 + 2 * k / (points - 1), 12) for k in range(points)]
+    return [(scale, round(1 - scale, 12)) for scale in scales]
 
 
 def longer_walk(policy: Policy, times: int) -> Policy | None:
