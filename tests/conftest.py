@@ -20,13 +20,27 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def shared_data(name: str) -> Path:
-    """Folder ``name`` of the real recordings beside the checkout. Skips the test when it is absent, fails under ``CI=true``."""
+    """Folder ``name`` of the real recordings beside the checkout."""
     path = SHARED_DATA / name
     if not path.exists():
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{path} is absent although CI=true")
-        pytest.skip(f"the recordings '{name}' are not beside this checkout")
+        absent(f"the recordings '{name}' are not beside this checkout")
     return path
+
+
+def absent(what: str) -> None:
+    """Skip the test because this machine lacks something; fail it under ``CI=true``, which must not pass by skipping."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what}, although CI=true")
+    pytest.skip(what)
+
+
+@pytest.fixture
+def renderer() -> None:
+    """For tests that draw with MuJoCo."""
+    from sim.render import renderer_available
+
+    if renderer_available() is None:
+        absent("no EGL or OSMesa on this machine")
 
 
 @pytest.fixture

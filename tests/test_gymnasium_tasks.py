@@ -13,8 +13,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 
 from robopolicy.errors import TaskError
 from robopolicy.task import TaskSpec, find_task
+from sim import gymnasium_tasks
 from sim.gymnasium_tasks import Gymnasium
-from sim.render import renderer_available
 
 
 class Toy(gymnasium.Env[Any, Any]):
@@ -146,15 +146,17 @@ print(frame.shape, frame.dtype, frame.std() > 10)
 """  # left open: nothing may complain at exit
 
 
+@pytest.mark.usefixtures("renderer")
 def test_it_draws_and_leaves_quietly() -> None:
-    if renderer_available() is None:
-        task = Gymnasium("HalfCheetah-v5")
-        with pytest.raises(TaskError, match="renderer"):
-            task.render()
-        return
     done = subprocess.run([sys.executable, "-c", DRAW], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "(64, 96, 3) uint8 True\n"
     assert done.stderr == ""
+
+
+def test_without_a_renderer_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gymnasium_tasks, "renderer_available", lambda: None)
+    with pytest.raises(TaskError, match="apt-get install libegl1"):
+        Gymnasium("HalfCheetah-v5").render()
 
 
 def test_it_is_registered_by_name() -> None:

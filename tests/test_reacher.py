@@ -12,7 +12,7 @@ import pytest
 from robopolicy.errors import TaskError
 from robopolicy.task import TaskSpec, find_task
 from sim.reacher import SparseReach, reaching
-from sim.render import mujoco, renderer_available
+from sim.render import mujoco
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +131,10 @@ def test_it_steps_fast(task: SparseReach) -> None:
     assert count / (time.process_time() - started) > 8000
 
 
+@pytest.mark.usefixtures("renderer")
 def test_it_draws_arm_and_target() -> None:
     task = TaskSpec("sparse_reach", {"render_size": 64}).make()
     task.reset(seed=0)
-    if renderer_available() is None:
-        with pytest.raises(TaskError, match="renderer"):
-            task.render()
-        return
     frame = task.render()
     assert frame.shape == (64, 64, 3)
     for _ in range(20):

@@ -11,10 +11,7 @@ from robopolicy.errors import TaskError
 from sim import render
 from sim.arm.lift import Lift
 
-# CI must not pass by skipping: there the tests run, and fail without a renderer.
-needs_renderer = pytest.mark.skipif(
-    render.renderer_available() is None and os.environ.get("CI") != "true", reason="no EGL or OSMesa on this machine"
-)
+needs_renderer = pytest.mark.usefixtures("renderer")
 
 
 @needs_renderer

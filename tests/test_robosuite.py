@@ -79,13 +79,8 @@ def test_a_fresh_environment_gives_the_same_episode(lift: adapter.Lift) -> None:
             np.testing.assert_array_equal(one[name], two[name])
 
 
+@pytest.mark.usefixtures("renderer")
 def test_it_draws_the_scene(lift: adapter.Lift) -> None:
-    from sim.render import renderer_available
-
-    if renderer_available() is None:
-        with pytest.raises(TaskError, match="renderer"):
-            lift.render()
-        return
     lift.reset(seed=0)
     frame = lift.render()
     assert frame.shape == (64, 64, 3)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 from conftest import shared_data
@@ -181,7 +182,6 @@ def test_ur5e_reaches_as_its_makers_drawing_says() -> None:
 
 
 def test_xarm7_is_where_another_model_of_it_says() -> None:
-    mujoco = pytest.importorskip("mujoco")
     model = mujoco.MjModel.from_xml_path(str(shared_data("mjcf_arms") / "ufactory_xarm7" / "xarm7_nohand.xml"))
     data = mujoco.MjData(model)
     kinematics = kinematics_of(load_profile("xarm7"))

@@ -240,7 +240,6 @@ def test_physics_keeps_up_more_or_less(arm: Arm) -> None:
 
 
 def test_robosuite_s_panda_stands_behind_the_same_topics(ros: Sandbox) -> None:
-    pytest.importorskip("robosuite")
     ros.start("hardware.ros2.virtual_arm", profile="panda", cameras=False)
     first = ros.message(STATE, "joint_states", 60.0)
     assert first.name == [*(f"panda_joint{i}" for i in range(1, 8)), "panda_finger_joint1", "panda_finger_joint2"]

@@ -13,7 +13,6 @@ from robopolicy.robot import Measured
 from sim.arm.robot import ArmModel, SimArm
 from sim.arm.task import ArmTask
 from sim.driver import LOOKAHEAD, CommandError, Driver
-from sim.render import renderer_available
 from sim.virtual import ArmWorld, World, make_world
 
 
@@ -266,9 +265,8 @@ def test_limits_of_another_arm_are_refused(world: ArmWorld) -> None:
         make_world("amr")
 
 
+@pytest.mark.usefixtures("renderer")
 def test_pictures_show_a_snapshot_and_leave_the_world_alone(world: ArmWorld) -> None:
-    if renderer_available() is None:
-        pytest.skip("no offscreen renderer")
     rig = Rig(world)
     eye = world.eye("front", 48, 64)
     before = rig.driver.snapshot()
@@ -284,7 +282,6 @@ def test_pictures_show_a_snapshot_and_leave_the_world_alone(world: ArmWorld) -> 
 
 
 def test_the_panda_of_robosuite_holds_its_arm_and_follows() -> None:
-    pytest.importorskip("robosuite")
     panda = make_world("panda")
     panda.reset(0)
     begin = panda.positions.copy()
