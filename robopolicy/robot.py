@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from robopolicy.deploy.safety import Stamp
+from robopolicy.deploy.safety import Reason, Stamp
 from robopolicy.deploy.workspace import Kinematics
 from robopolicy.features import Feature
 
@@ -34,11 +34,13 @@ class Sample(NamedTuple):
         values: Every observation feature, in its units.
         time: When the policy may take it to have been made: the chunk that comes of it counts from here [s].
         stamps: Of inputs with times of their own, such as cameras.
+        unusable: Why no policy may act on it, though its times are good; None: nothing is known against it.
     """
 
     values: Mapping[str, np.ndarray]
     time: float
     stamps: Mapping[str, Stamp]
+    unusable: Reason | None = None
 
 
 class Robot(Protocol):
@@ -143,4 +145,8 @@ class RobotModel(Protocol):
 
     def targets(self, action: np.ndarray) -> np.ndarray:
         """As :meth:`Robot.targets`."""
+        ...
+
+    def action_of(self, positions: np.ndarray) -> np.ndarray:
+        """The action ``[A]`` that asks for coordinates ``[n]``: what :meth:`targets` undoes. Recordings need it."""
         ...

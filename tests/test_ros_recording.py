@@ -13,7 +13,7 @@ from hardware.ros2.aligned import Track
 from hardware.ros2.heard import CommandReader
 from hardware.ros2.outputs import Outputs
 from hardware.ros2.profile import load_profile, profile_names
-from hardware.ros2.recording import COMMANDED, EXECUTED, STATE, Recording, RecordingConfig, State, action_of
+from hardware.ros2.recording import COMMANDED, EXECUTED, STATE, Recording, RecordingConfig, State
 from hardware.ros2.runtime import RosClock
 from robopolicy.data.check import check
 from robopolicy.data.episodes import Episodes
@@ -52,6 +52,9 @@ class Model:
 
     def targets(self, action: np.ndarray) -> np.ndarray:
         return action[[1, 0]]
+
+    def action_of(self, positions: np.ndarray) -> np.ndarray:
+        return positions[[1, 0]]
 
 
 class World:
@@ -293,15 +296,6 @@ def test_a_camera_that_changes_its_size_ends_the_episode_and_loses_nothing(recor
     assert "image" in str(ended)
 
 
-def test_actions_out_of_coordinates() -> None:
-    model = Model()
-    np.testing.assert_array_equal(action_of(model, np.array([1.0, 2.0])), np.array([2, 1], np.float32))
-    strange = Model()
-    strange.action_feature = Feature("action", (1,), "float32", "m", ("x",), RATE)
-    with pytest.raises(ConfigError, match=r"'x'.*action_of"):
-        action_of(strange, np.zeros(2))
-
-
 @pytest.mark.parametrize("control", ["ee", "joint"])
 def test_our_arms_actions_come_back_from_its_targets(control: str) -> None:
     model = ArmModel("lift", control=control)
@@ -310,7 +304,7 @@ def test_our_arms_actions_come_back_from_its_targets(control: str) -> None:
     action = np.array([0.47, 0.03, 0.18, 0.3, 0.05]) if control == "ee" else start + 0.01
     for _ in range(30):
         targets = model.targets(action)
-    np.testing.assert_allclose(action_of(model, targets), action, atol=2e-3)
+    np.testing.assert_allclose(model.action_of(targets), action, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", profile_names())

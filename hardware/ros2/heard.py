@@ -185,6 +185,9 @@ class _Measuring:
     def targets(self, action: np.ndarray) -> np.ndarray:
         return self._model.targets(action)
 
+    def action_of(self, positions: np.ndarray) -> np.ndarray:
+        return self._model.action_of(positions)
+
 
 class _Overheard:
     """A node whose subscriptions keep more messages, and call ``after`` behind each."""

@@ -95,7 +95,6 @@ class JointModel:
         return np.concatenate([action[:3], rotvec, action[9:]])
 
     def action_of(self, positions: np.ndarray) -> np.ndarray:
-        """The action ``[A]`` that asks for coordinates ``[n]``: what :meth:`targets` undoes. Recordings need it."""
         if not self._pose:
             return positions
         rotation = Rotation.from_rotvec(positions[3:_TOOL]).as_matrix()

@@ -22,7 +22,7 @@ from robopolicy.config import Config
 from robopolicy.data.episodes import Episodes
 from robopolicy.data.writer import EpisodeWriter
 from robopolicy.deploy.limits import SafetyLimits
-from robopolicy.errors import ConfigError, DataError, RobopolicyError, nearest
+from robopolicy.errors import ConfigError, DataError, RobopolicyError
 from robopolicy.features import Feature
 from robopolicy.provenance import provenance
 from robopolicy.robot import Measured, RobotModel
@@ -100,7 +100,7 @@ class Recording:
 
     Raises:
         DataError: The store holds other features, or is written by somebody else.
-        ConfigError: The model's action cannot be found from coordinates, or has no rate.
+        ConfigError: The model's action has no rate.
     """
 
     def __init__(
@@ -117,7 +117,6 @@ class Recording:
         rate = model.action_feature.rate
         if rate is None:
             raise ConfigError(f"action '{model.action_feature.name}' has no rate; declare the policy's in the robot's features")
-        action_of(model, np.zeros(len(model.names)))  # if it cannot be found, say so before anything is recorded
         self.period = 1.0 / rate
         commands = (EXECUTED,) if self.config.action == "executed" else ()
         self.sources = (STATE, *model.inputs, *commands)
@@ -244,13 +243,13 @@ class Recording:
         wanted = self.tracks[COMMANDED].at(due + self.period)
         silent = wanted is None or due + self.period - wanted.made > _SILENT  # nobody wants anything: the arm holds, goes home
         aim = after.value.positions if self.config.action == "measured" else told
-        sources = [present[name] for name in self.sources]
+        sources, action = [present[name] for name in self.sources], self.model.action_feature
         if not self.steps:
             self._first = due
         self._writer.add(
             {
                 **self.model.observe(measured),
-                self.model.action_feature.name: action_of(self.model, aim),
+                action.name: np.asarray(self.model.action_of(aim), action.dtype),
                 "joint_positions": state.positions,
                 "joint_velocities": state.velocities,
                 EXECUTED: told,
@@ -292,22 +291,6 @@ class Recording:
         except OSError as error:
             return [f"its description could not be stored ({error})"]
         return []
-
-
-def action_of(model: RobotModel, positions: np.ndarray) -> np.ndarray:
-    """The action that asks for coordinates ``[n]``: the model's ``action_of`` where it has one, otherwise entries by name.
-
-    Raises:
-        ConfigError: The action has entries that are no coordinates, and the model does not say what they are.
-    """
-    feature = model.action_feature
-    own = getattr(model, "action_of", None)
-    if own is not None:
-        return np.asarray(own(positions), feature.dtype)
-    if odd := [name for name in feature.names if name not in model.names] or not feature.names:
-        named = f"'{odd[0]}'; {nearest(odd[0], model.names)}" if isinstance(odd, list) else "no names"
-        raise ConfigError(f"action '{feature.name}' has {named}: name it after coordinates, or give the model an action_of()")
-    return np.asarray(positions[[model.names.index(name) for name in feature.names]], feature.dtype)
 
 
 def _features(model: RobotModel, units: str, sources: tuple[str, ...], rate: float) -> dict[str, Feature]:

@@ -117,7 +117,6 @@ class ArmModel:
         return np.append(joints, width)
 
     def action_of(self, positions: np.ndarray) -> np.ndarray:
-        """The action ``[A]`` that asks for coordinates ``[n]``: what :meth:`targets` undoes. Recordings need it."""
         if self._world.control == "joint":
             return positions[: self.action_feature.size]
         pos, rotation = self._inverse.forward(positions[:DOF])
