@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,7 +19,8 @@ import torch
 
 from hardware.ros2.contract import LATCHED, message_type
 from hardware.ros2.runtime import LOCALHOST, Ros, RosError
-from hardware.ros2.services import TRIGGER, call, set_parameter
+from hardware.ros2.services import TRIGGER, call, change_state, set_parameter, until
+from hardware.ros2.supervisor import CONFIGURE, READY
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.clock import SystemClock
@@ -27,10 +28,8 @@ from robopolicy.policy import Policy, PolicyConfig
 from sim.arm.robot import SimArm
 
 ARM, POLICY = "virtual_arm", "robopolicy_policy"
-CHANGE_STATE = "lifecycle_msgs/srv/ChangeState"
 WANDERER_TASK = {"image_size": 48}
 _WANDERS = ([0.42, -0.08, 0.10, -0.2, 0.03], [0.52, 0.08, 0.22, 0.2, 0.07])  # between these [m, m, m, rad, m]
-_CONFIGURE = 180.0  # [s]: torch is imported, the policy warmed up
 _END = 15.0  # [s]: for a process to end after Ctrl-C
 
 
@@ -81,7 +80,7 @@ class Cell:
             self.node = self._ros.node("benchmark")
             self.node.create_subscription(message_type("std_msgs/msg/String"), f"{POLICY}/state", self._hear, LATCHED.to_ros())
             self._ros.spin_in_thread()
-            self.until(self._there, 60.0)
+            until(self._there, READY)
             self.change("configure")
             self.change("activate")
         except BaseException:
@@ -126,9 +125,7 @@ class Cell:
 
     def change(self, transition: str) -> None:
         """A lifecycle transition of the policy node. Raises RosError with what the node says."""
-        state = message_type("lifecycle_msgs/msg/Transition")
-        request = message_type(CHANGE_STATE).Request(transition=state(id=getattr(state, f"TRANSITION_{transition.upper()}")))
-        if not call(self.node, f"{POLICY}/change_state", CHANGE_STATE, request, _CONFIGURE).success:
+        if not change_state(self.node, POLICY, transition, CONFIGURE):
             raise RosError(f"{transition} failed; see {self._logs / POLICY}.log")
 
     def record(self) -> dict[str, Any]:
@@ -158,16 +155,6 @@ class Cell:
     def mode(self) -> str:
         """Of the policy node, as it said last."""
         return self.said[-1].mode if self.said else ""
-
-    @staticmethod
-    def until(condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait for something, for so long at most: whether it came."""
-        end = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-        return True
 
 
 def wanderer(folder: Path, image: bool) -> Path:

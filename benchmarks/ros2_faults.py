@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.ros2_cell import POLICY, WANDERER_TASK, Cell, wanderer
+from hardware.ros2.services import until
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.evaluate.stats import success_interval
@@ -74,7 +75,7 @@ def run_cell(cell: Cell, stream: str, fault: str, seed: int) -> dict[str, Any]:
     rng, (settings, seconds) = np.random.default_rng(seed), FAULTS[fault]
     for _ in range(_TRIES):
         cell.begin(seed)
-        cell.until(lambda: cell.mode == "running", 5.0)
+        until(lambda: cell.mode == "running", 5.0)
         time.sleep(float(rng.uniform(0.3, 1.0)))
         before = cell.record()
         set_at = time.monotonic()
@@ -107,13 +108,13 @@ def _recovery(cell: Cell, mode: str, success: bool) -> str:
     """What happens when the fault is gone."""
     if mode == "running":
         return "ran on"
-    if cell.until(lambda: cell.mode == "running", _RECOVER):
+    if until(lambda: cell.mode == "running", _RECOVER):
         return "by itself"
     try:
         cell.trigger(POLICY, "start")
     except RobopolicyError as error:
         return f"start refused: {error}".replace("the service 'robopolicy_policy/start' refused: ", "")
-    return "by start" if cell.until(lambda: cell.mode == "running", _RECOVER) else f"start, then {cell.mode}"
+    return "by start" if until(lambda: cell.mode == "running", _RECOVER) else f"start, then {cell.mode}"
 
 
 def violations(row: Mapping[str, Any]) -> list[str]:

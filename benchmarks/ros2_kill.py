@@ -28,6 +28,7 @@ from benchmarks.ros2_cell import ARM, POLICY, wanderer
 from benchmarks.ros2_watch import Watch, WatchedCell
 from hardware.ros2 import shm
 from hardware.ros2.profile import load_profile
+from hardware.ros2.services import until
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.provenance import provenance
@@ -42,7 +43,7 @@ def trial(args: argparse.Namespace, victim: str, seed: int, folder: Path) -> dic
     with WatchedCell(args.checkpoint, args.domain, folder / f"{victim}_{seed}", {"cameras": False}) as cell:
         watch = Watch(cell, profile, cameras=False)
         cell.begin(seed)
-        moving = cell.until(lambda: _speed(watch, profile.rate) > 0.1, 20.0)  # somewhere in the approach
+        moving = until(lambda: _speed(watch, profile.rate) > 0.1, 20.0)  # somewhere in the approach
         time.sleep(0.2 + 0.05 * (seed % 10))
         pids = cell.pids()
         pid, inference = pids[{"node": POLICY, "inference": "inference", "arm": ARM}[victim]], pids.get("inference")

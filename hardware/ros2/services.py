@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -12,32 +13,56 @@ from hardware.ros2.runtime import RosError
 from robopolicy.errors import nearest
 
 ANSWER = 10.0  # [s]: longer than any honest answer takes
-TRIGGER, SET_PARAMETERS = "std_srvs/srv/Trigger", "rcl_interfaces/srv/SetParameters"
+TRIGGER, CHANGE_STATE = "std_srvs/srv/Trigger", "lifecycle_msgs/srv/ChangeState"
+SET_PARAMETERS = "rcl_interfaces/srv/SetParameters"
 GET_PARAMETERS, LIST_PARAMETERS = "rcl_interfaces/srv/GetParameters", "rcl_interfaces/srv/ListParameters"
 _DOUBLE, _STRING = 3, 4  # rcl_interfaces/msg/ParameterType
 
 
-def call(node: Any, name: str, kind: str, request: Any = None, timeout: float = ANSWER) -> Any:
-    """Call ``name``, a service of type ``kind``; ``request`` None: an empty one. Another thread must spin ``node``.
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for something, for so long at most: whether it came."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+Wait = Callable[[Callable[[], bool], float], bool]  # as `until`, by somebody who has more to look after meanwhile
+
+
+def ask(node: Any, name: str, kind: str, request: Any = None, timeout: float = ANSWER, wait: Wait = until) -> Any:
+    """The answer of ``name``, a service of type ``kind``; ``request`` None: an empty one. Another thread must spin ``node``.
 
     Raises:
-        RosError: Nobody offers it, no answer came in time, or it answered that it did not succeed.
+        RosError: Nobody offers it, or no answer came in time.
     """
     client = node.create_client(message_type(kind), name)
     try:
-        if not client.wait_for_service(timeout):
+        if not wait(client.service_is_ready, timeout):
             raise RosError(f"nobody offers the service '{name}' ({kind}); is its node running?")
-        answered = threading.Event()
         future = client.call_async(message_type(kind).Request() if request is None else request)
-        future.add_done_callback(lambda _: answered.set())
-        if not answered.wait(timeout):
+        if not wait(future.done, timeout):
             raise RosError(f"the service '{name}' did not answer within {timeout:g} s")
-        answer = future.result()
+        return future.result()
     finally:
         node.destroy_client(client)
+
+
+def call(node: Any, name: str, kind: str, request: Any = None, timeout: float = ANSWER) -> Any:
+    """As :func:`ask`; a refusal is a RosError, too."""
+    answer = ask(node, name, kind, request, timeout)
     if not getattr(answer, "success", True):
         raise RosError(f"the service '{name}' refused: {answer.message}")
     return answer
+
+
+def change_state(node: Any, other: str, transition: str, timeout: float, wait: Wait = until) -> bool:
+    """``configure``, ``activate``, ``deactivate`` or ``cleanup`` a lifecycle node: whether it worked. Raises as :func:`ask`."""
+    state = message_type("lifecycle_msgs/msg/Transition")
+    request = message_type(CHANGE_STATE).Request(transition=state(id=getattr(state, f"TRANSITION_{transition.upper()}")))
+    return bool(ask(node, f"{other}/change_state", CHANGE_STATE, request, timeout, wait).success)
 
 
 def set_parameter(node: Any, other: str, name: str, value: Any, timeout: float = ANSWER) -> None:

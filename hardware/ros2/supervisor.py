@@ -22,7 +22,7 @@ from typing import Any
 
 from hardware.ros2 import shm
 from hardware.ros2.runtime import Ros, RosError
-from hardware.ros2.services import set_text
+from hardware.ros2.services import TRIGGER, ask, change_state, set_text
 from hardware.ros2.system import Process
 
 READY = 60.0  # [s] for a process to be there
@@ -135,7 +135,7 @@ class Supervisor:
                 self._refuse_rivals()
                 for process in self._processes:
                     self._start(process)
-                self._until(lambda: False, None, "")
+                self._came(lambda: False, None)
             except _Over as over:
                 return over.code
             except RosError as error:
@@ -149,8 +149,7 @@ class Supervisor:
 
     def _refuse_rivals(self) -> None:
         """Nothing is started where somebody else's node has the name: transitions and `start` would reach that one."""
-        end = time.monotonic() + LOOK
-        self._until(lambda: time.monotonic() > end, None, "")
+        self._came(lambda: False, LOOK)
         for process in self._processes:
             if process.node and self._nodes(process.node):
                 raise RosError(f"a node {process.node} runs already {self._mend()}")
@@ -193,36 +192,29 @@ class Supervisor:
         say(f"{process.name} runs{'; type ' + ', '.join(process.services) if process.services else ''}")
 
     def _transition(self, process: Process, name: str) -> None:
-        from lifecycle_msgs.msg import Transition
-        from lifecycle_msgs.srv import ChangeState
-
         say(f"{name} {process.name}")
-        request = ChangeState.Request(transition=Transition(id=getattr(Transition, f"TRANSITION_{name.upper()}")))
-        if not self._call(process, ChangeState, "change_state", request, CONFIGURE).success:
+        if not change_state(self._node, process.node, name, CONFIGURE, partial(self._alone_until, process)):
             raise RosError(f"{process.name} could not {name}; its lines above say why")
 
     def _command(self, process: Process, name: str) -> None:
         """A Trigger service of a node."""
-        from std_srvs.srv import Trigger
+        wait = partial(self._alone_until, process)
+        _answered(name, ask(self._node, f"{process.node}/{name}", TRIGGER, timeout=READY, wait=wait))
 
-        _answered(name, self._call(process, Trigger, name, Trigger.Request(), READY))
-
-    def _call(self, process: Process, kind: Any, name: str, request: Any, seconds: float) -> Any:
-        service = f"{process.node}/{name}"
-        client = self._node.create_client(kind, service)
-        try:
-            self._until(client.service_is_ready, READY, f"service {service}")
-            self._alone(process)
-            future = client.call_async(request)
-            self._until(future.done, seconds, f"the answer of {service}")
-            return future.result()
-        finally:
-            self._node.destroy_client(client)
+    def _alone_until(self, process: Process, condition: Callable[[], bool], seconds: float) -> bool:
+        came = self._came(condition, seconds)
+        self._alone(process)
+        return came
 
     # ---- running -------------------------------------------------------------------------------------------------------------
 
-    def _until(self, condition: Callable[[], Any], seconds: float | None, what: str) -> None:
-        """Wait for it while everything runs; raises :class:`_Over` when a process ends or we are told to."""
+    def _until(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
+        """Wait for something that must come."""
+        if not self._came(condition, seconds):
+            raise RosError(f"{what} did not come within {seconds:g} s")
+
+    def _came(self, condition: Callable[[], Any], seconds: float | None) -> bool:
+        """Wait for it while everything runs: whether it came. Raises :class:`_Over` when a process ends or we are told to."""
         end = None if seconds is None else time.monotonic() + seconds
         looked = 0.0
         while not condition():
@@ -234,7 +226,7 @@ class Supervisor:
                     say(f"{child.process.name} {_ended(code)}; ending the others")
                     raise _Over(0 if code == 0 else FIRST_CODE + index)
             if end is not None and time.monotonic() > end:
-                raise RosError(f"{what} did not come within {seconds:g} s")
+                return False
             if time.monotonic() > looked + 1.0:
                 looked = time.monotonic()
                 for child in self._children:
@@ -243,6 +235,7 @@ class Supervisor:
                 self._typed(self._lines.get())
             self._ask()
             time.sleep(0.02)
+        return True
 
     def _listen(self) -> None:
         """Lines that are typed."""
