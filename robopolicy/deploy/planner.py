@@ -32,7 +32,7 @@ from robopolicy.generative.fields import Field
 from robopolicy.generative.losses import staircase
 from robopolicy.generative.path import Pred, broadcast_time
 from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, residual_gradient, soft_mask
-from robopolicy.generative.sampler import Generators, clip_pred, randn
+from robopolicy.generative.sampler import Generators, Sampler, clip_pred, randn
 from robopolicy.policy import Observations, Policy
 
 
@@ -166,6 +166,17 @@ class RTC(Planner):
     def __init__(self, policy: Policy, config: RTC.Config | None = None) -> None:
         super().__init__(policy)
         self.config = config or RTC.Config()
+        if type(policy.sampler).sample is not Sampler.sample:
+            self._try()
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Plan once, from nothing: a walk of somebody's own may not bear guidance, and says so here, not on the way."""
+        device = self.policy.device
+        chunk = torch.zeros(1, self.policy.horizon, self.policy.action_transform.dim, device=device)
+        known = torch.full((1,), self.rows, device=device)
+        self._plan(torch.zeros(1, self.policy.ctx_dim, device=device), {}, Old(chunk, known, known), torch.Generator())
+        self.calls = 0
 
     def _plan(self, ctx: Tensor, obs: Mapping[str, Tensor], old: Old, generator: Generators) -> Tensor:
         weights = self._weights(old)
@@ -320,6 +331,11 @@ class Streaming(Planner):
     def __init__(self, policy: Policy, config: Streaming.Config | None = None) -> None:
         super().__init__(policy)
         self.config = config or Streaming.Config()
+        if type(policy.sampler).sample is not Sampler.sample:
+            raise ConfigError(
+                f"planner 'streaming' walks by itself, without what sampler '{policy.config.sampler['type']}' does on its "
+                "own way; use planner plain, rti or bid"
+            )
         if not policy.config.loss.staircase:
             raise ConfigError("planner 'streaming': this policy was not trained for it; train with policy.loss.staircase=0.5")
         self.group = self.config.group or policy.config.loss.stairs
@@ -338,9 +354,9 @@ class Streaming(Planner):
         path, batch = self.policy.path, len(ctx)
         begins = old.known == 0
         chunk = old.chunk
-        fresh = randn(old.chunk.shape, generator, device=ctx.device)
+        fresh = self.policy.config.initial_noise * randn(old.chunk.shape, generator, device=ctx.device)
         if bool(begins.any()):
-            full = self._sample(ctx, self.policy.start(fresh), generator)
+            full = self._sample(ctx, path.prior(fresh), generator)
             chunk = torch.where(begins[:, None, None], full, chunk)
             if bool(begins.all()):
                 self._eps = fresh

@@ -56,7 +56,7 @@ class Guided:
             depend on the units of the cost.
 
     Raises:
-        ConfigError: ``max_shift`` is not positive.
+        ConfigError: ``max_shift`` is not positive; or, when asked, ``field`` cannot be differentiated.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class Guided:
             if self.jacobian == "true":
                 state = x.detach().requires_grad_()
                 pred = self.field(state, t, ctx)
+                if not pred.x0.requires_grad:
+                    raise ConfigError(
+                        "a cost guides through the gradient of what is seen, and here that is guided through a gradient already "
+                        "(planner rtc); use planner plain, rti, bid or rtc with jacobian identity"
+                    )
                 (gradient,) = torch.autograd.grad(self.cost(pred.x0).sum(), state)
                 gain = (sigma**2 / alpha.clamp_min(1e-12)).clamp_max(_MAX_GAIN)
             else:

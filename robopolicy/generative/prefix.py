@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Field
 from robopolicy.generative.path import Path, Pred, broadcast_time
 
@@ -43,6 +44,11 @@ def residual_gradient(field: Field, x: Tensor, t: Tensor, ctx: Tensor, chunk: Te
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()  # a tensor made in inference mode takes no gradient, its copy does
         pred = field(leaf, t.clone(), ctx.clone())
+        if not pred.x0.requires_grad:
+            raise ConfigError(
+                "real-time chunking guides through the gradient of what is seen, and here that is guided through a gradient "
+                "already; use jacobian identity"
+            )
         residual = weights * (chunk - pred.x0.detach())
         (gradient,) = torch.autograd.grad(pred.x0, leaf, residual)
     return Pred(pred.x0.detach(), pred.eps.detach()), gradient
