@@ -17,7 +17,10 @@ from robopolicy.compose.policy import Composed, compose
 from robopolicy.compose.search import _alone, simplex
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
+from robopolicy.deploy.chunk import Previous
 from robopolicy.deploy.planner import make_planner
+from robopolicy.errors import ConfigError
+from robopolicy.evaluate.record import load_evaluation
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
 
@@ -73,6 +76,13 @@ def test_the_result_is_a_policy_that_says_where_it_comes_from(composed: str, par
 def test_other_verbs_take_it(composed: str, parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", composed, "--episodes", "3", "--steps", "3", "--out", str(tmp_path / "eval")]) == 0
     assert main(["compare", composed, parents[0], "--episodes", "3", "--out", str(tmp_path / "compare")]) == 0
+    assert main(["eval", composed, "--episodes", "3", "--noise", ".5", "--out", str(tmp_path / "less")]) == 0
+    assert main(["compose", *parents, "--weights", "0.6", "0.4", "--noise", ".5", "--out", str(tmp_path / "own")]) == 0
+    assert load_policy(tmp_path / "own").config.initial_noise == 0.5
+    assert main(["eval", str(tmp_path / "own"), "--episodes", "3", "--out", str(tmp_path / "own_less")]) == 0
+    less, own = (load_evaluation(tmp_path / name / "eval.json") for name in ("less", "own_less"))
+    assert less.episodes == own.episodes
+    assert less.settings.initial_noise == own.settings.initial_noise == 0.5
     store = str(tmp_path / "rollouts.zarr")
     assert main(["data", "rollout", composed, "--episodes", "3", "--out", store]) == 0
     tiny = [
@@ -241,7 +251,16 @@ def test_the_page_s_cost_goes_through_every_verb(
     assert short < before / 2, f"{short} below .5 with the cost, {before} without"
     for kind in ("plain", "rti", "bid"):
         assert np.isfinite(make_planner(kind, guided).plan(obs, None, 0, torch.Generator().manual_seed(0))).all()
+    identity = make_planner({"type": "rtc", "jacobian": "identity"}, guided)
+    for previous in (None, Previous(np.zeros((1, 2, 2), np.float32), np.array([2]))):
+        assert np.isfinite(identity.plan({n: v[:1] for n, v in obs.items()}, previous, 1, torch.Generator().manual_seed(0))).all()
+    with pytest.raises(ConfigError, match="streaming' walks by itself"):
+        make_planner("streaming", guided)
     assert main(["eval", out, "--episodes", "2", "--num-envs", "2"]) == 0
     capsys.readouterr()
+    assert main(["eval", out, "--episodes", "2", "--delay", "1", "--executor", "rtc"]) == 2
+    said = capsys.readouterr().err
+    assert "rtc with jacobian identity" in said
+    assert said.count("\n") == 1
     assert main(["export", out]) == 2
     assert "sampler 'cost:Right' walks in a way of its own" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_a_checkpoint_rolls_out_and_a_student_trains_on_the_result(tmp_path: Pat
     assert main(["train", str(tmp_path / "c.yaml"), "--out", teacher]) == 0
     capsys.readouterr()
     rollout = ["data", "rollout", teacher, "--success-only", "--episodes", "5", "--num-envs", "4", "--seed-start", "410000"]
-    assert main([*rollout, "--noise-seed", "2", "--steps", "3", "--out", out]) == 0
+    assert main([*rollout, "--noise-seed", "2", "--steps", "3", "--noise", ".5", "--out", out]) == 0
     said = capsys.readouterr()
     store = Episodes.open(out)
     seeds = store.attrs["seeds"]
@@ -180,6 +180,7 @@ def test_a_checkpoint_rolls_out_and_a_student_trains_on_the_result(tmp_path: Pat
     assert store.attrs["task_args"] == {"hopeless": 4}
     assert (store.attrs["success_only"], store.attrs["noise_seed"], store.attrs["num_envs"]) == (True, 2, 4)
     assert store.attrs["sampler"]["num_steps"] == 3
+    assert store.attrs["initial_noise"] == 0.5
     origin = store.attrs["policy"]
     assert origin == origin_of(teacher)
     assert origin["sha256"] == read_document(Path(origin["checkpoint"]) / "policy")["sha256"]

@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import shlex
+import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import av
@@ -16,8 +19,10 @@ from robopolicy.errors import EvaluationError, TaskError
 from robopolicy.evaluate.film import encode_mp4, film_rollouts, replay, write_animation
 from robopolicy.evaluate.paired import align, compare, write_comparison
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, Settings, TaskRecord, load_evaluation
+from robopolicy.evaluate.report import reproduce
 from robopolicy.evaluate.run import SEEDS, evaluate, noise_generator, rollout
 from robopolicy.features import Feature
+from robopolicy.policy import load_policy, read_provenance
 from robopolicy.task import Task, TaskSpec
 from robopolicy.vector import VectorEnv
 
@@ -423,6 +428,62 @@ def test_eval_verb_writes_and_prints_and_repeats(checkpoints, tmp_path, capsys):
     assert load_evaluation(other).seeds[0] == 100_000
     assert main(["eval", checkpoints[0], "--episodes", "12", "--num-envs", "4", "--out", str(tmp_path / "again")]) == 0
     assert load_evaluation(tmp_path / "again" / "eval.json").episodes == first.episodes
+
+
+def test_less_noise_is_what_a_checkpoint_with_less_noise_does_to_the_bit(checkpoints, tmp_path, capsys):
+    own = ["--episodes", "6", "--num-envs", "3"]
+    scaled, edited = tmp_path / "run0", tmp_path / "edited"
+    shutil.copytree(scaled, edited)
+    document = json.loads((edited / "policy.json").read_text())
+    document["config"]["initial_noise"] = 0.25
+    (edited / "policy.json").write_text(json.dumps(document))
+    done = {}
+    for name, arguments in {
+        "edited": [str(edited)],
+        "scaled": [str(scaled), "--noise", ".25"],
+        "plain": [str(scaled)],
+        "none": [str(scaled), "--noise", "0"],
+    }.items():
+        assert main(["eval", *arguments, *own, "--out", str(tmp_path / name / "out")]) == 0
+        done[name] = load_evaluation(tmp_path / name / "out" / "eval.json")
+    assert done["scaled"].episodes == done["edited"].episodes
+    assert done["scaled"].episodes != done["plain"].episodes != done["none"].episodes
+    assert [done[name].settings.initial_noise for name in ("edited", "scaled", "plain", "none")] == [0.25, 0.25, 1.0, 0.0]
+    again = shlex.split(reproduce(done["scaled"]))
+    assert again[:2] == ["robopolicy", "eval"]
+    assert main([*again[1:], "--out", str(tmp_path / "again")]) == 0
+    assert load_evaluation(tmp_path / "again" / "eval.json").episodes == done["scaled"].episodes
+    assert main(["compare", str(scaled), str(edited), "--noise", ".25", *own, "--out", str(tmp_path / "both")]) == 0
+    assert load_evaluation(tmp_path / "both" / "A" / "eval.json").episodes == done["scaled"].episodes
+
+
+def test_figures_of_different_noise_do_not_end_in_one_folder(checkpoints, capsys):
+    for noise in (".5", ".75"):
+        own = ["--episodes", "2", "--steps", "2", "--noise", noise]
+        assert main(["eval", checkpoints[0], *own]) == 0
+        assert main(["eval", checkpoints[0], *own, "--delay", "1", "--executor", "rtc"]) == 0
+    names = [f"Slide_200000_2_steps2_noise{noise}{how}" for noise in ("0.5", "0.75") for how in ("", ".rtc_1")]
+    folders = {path.parent.name: load_evaluation(path) for path in Path(checkpoints[0]).glob("eval/*/eval.json")}
+    assert sorted(folders) == sorted(names)
+    assert folders["Slide_200000_2_steps2_noise0.75.rtc_1"].settings.initial_noise == 0.75
+
+
+def test_a_policy_that_starts_from_no_noise_says_so_and_a_scale_is_a_number(checkpoints, tmp_path, capsys):
+    mean = str(load_policy(checkpoints[0]).varied(initial_noise=0.0).save(tmp_path / "mean", read_provenance(checkpoints[0])))
+    for command in (
+        ["eval", mean, "--task", "test_evaluate:Slide"],
+        ["compare", checkpoints[0], mean],
+        ["compose", mean, checkpoints[0], "--out", str(tmp_path / "both")],
+        ["export", mean],
+    ):
+        assert main([*command, "--noise", ".5"]) == 2
+        said = capsys.readouterr().err
+        assert f"'{mean}' starts from no noise" in said
+        assert said.count("\n") == 1
+    assert main(["eval", mean, "--episodes", "2", "--noise", "0"]) == 0  # what it does anyway
+    for wrong in ("-1", "nan", "inf", "half"):
+        with pytest.raises(SystemExit):
+            main(["eval", checkpoints[0], f"--noise={wrong}"])
 
 
 def test_eval_verb_pools_training_seeds(checkpoints, tmp_path, capsys):

@@ -23,7 +23,7 @@ from robopolicy.deploy.manifest import file_digest, load_manifest
 from robopolicy.errors import CheckpointError, ConfigError, DataError
 from robopolicy.evaluate.run import evaluate
 from robopolicy.features import Feature
-from robopolicy.policy import Policy, PolicyConfig
+from robopolicy.policy import Policy, PolicyConfig, load_policy
 from robopolicy.task import TaskSpec
 
 UNET = {"type": "unet1d", "down_dims": [8, 16], "time_dim": 8, "groups": 4, "activation": "mish"}
@@ -362,8 +362,6 @@ def test_same_success_on_the_same_seeds(tmp_path: Path, capsys: pytest.CaptureFi
     arguments = ["compare", str(checkpoint), str(out), "--episodes", "40", "--num-envs", "20", "--out", str(tmp_path / "cmp")]
     assert cli.main(arguments) == 0
     assert "only A 0, only B 0" in capsys.readouterr().out
-    from robopolicy.policy import load_policy
-
     results = [
         evaluate(actor, TaskSpec("toys:Dot", {"max_episode_steps": 3}), range(200, 220), num_envs=4, progress=False)
         for actor in (load_policy(checkpoint), ExportedPolicy(out))
@@ -371,6 +369,18 @@ def test_same_success_on_the_same_seeds(tmp_path: Path, capsys: pytest.CaptureFi
     assert (results[0].successes == results[1].successes).all()
     assert 0 < results[0].successes.sum() < 20  # neither always nor never: a difference would show
     np.testing.assert_allclose(results[0].max_rewards, results[1].max_rewards, atol=1e-4)
+
+
+def test_an_export_keeps_the_scale_of_the_noise_that_it_was_made_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for case in ("one step", "cosine, ddim"):  # inside the fused graph, and in front of the walk
+        checkpoint = str(policy(**CASES[case]).save(tmp_path / case))
+        assert cli.main(["export", checkpoint, "--noise", ".5"]) == 0
+        exported = ExportedPolicy(Path(checkpoint) / "export" / "onnx_noise0.5")
+        assert exported.manifest.initial_noise == 0.5
+        assert_same(exported, load_policy(checkpoint).varied(initial_noise=0.5), observations(3), range(3))
+    capsys.readouterr()
+    assert cli.main(["eval", str(exported.folder), "--noise", "1", "--task", "toys:Dot"]) == 2
+    assert "its noise is fixed; export the checkpoint again with --noise 1" in capsys.readouterr().err
 
 
 def test_the_verbs_say_what_is_wrong(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

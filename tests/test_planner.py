@@ -200,6 +200,17 @@ def test_streaming_rows_stand_on_their_stairs_at_every_plan() -> None:
         assert heard[0].tolist() == [[0, 25, 25, 50, 50, 75, 75, 100, 100]] * 3  # row 0 is before now
 
 
+def test_streaming_rows_enter_with_the_policy_s_own_noise() -> None:
+    planner = make_planner("streaming", trained_for("streaming").varied(initial_noise=0.0))
+    chunks = []
+    for seed in range(2):
+        planner.reset()
+        draws = [torch.Generator().manual_seed(10 * seed + row) for row in range(3)]
+        planner.plan(seen(), None, 0, draws)
+        chunks.append(planner.plan(seen(), previous([6, 6, 6]), 0, draws))
+    np.testing.assert_array_equal(*chunks)
+
+
 def test_streaming_with_equal_levels_is_an_ordinary_policy() -> None:
     """One group of all rows: a plan takes the whole chunk from pure noise to clean, whatever was in the buffer."""
     made = trained_for("streaming", n_obs_steps=1, horizon=8)

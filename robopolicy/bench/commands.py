@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--seed", type=int, default=100_000, help="of the episode and of the noise (default 100000)")
     loop.add_argument("--load", type=int, default=0, metavar="N", help="busy processes beside it (default 0)")
     loop.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/bench/loop)")
-    loop.set_defaults(steps=None, device="cpu", threads=1)
+    loop.set_defaults(steps=None, noise=None, device="cpu", threads=1)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robopolicy.errors import ConfigError, EvaluationError
-from robopolicy.evaluate.commands import add_run_arguments, count, load, override_steps
+from robopolicy.evaluate.commands import add_run_arguments, count, load, override_noise, override_steps
 
 if TYPE_CHECKING:
     from robopolicy.compose.policy import Composed
@@ -127,6 +127,8 @@ def build(args: argparse.Namespace, parents: list[Policy], overrides: list[str])
     policy = compose(parents, rule=args.rule, weights=args.weights, **settings)
     if args.steps is not None:
         override_steps(policy, args.steps)
+    if args.noise is not None:
+        override_noise(policy, args.noise, next(text for text in args.parents if "=" not in text))
     return policy
 
 
@@ -166,7 +168,7 @@ def _load(path: str, args: argparse.Namespace) -> tuple[Policy, TaskSpec | None]
 
     if args.task is None and not isinstance((read_provenance(path).get("task") or {}).get("name"), str):
         return load_policy(path, args.device), None  # enough to compose
-    policy, spec = load(path, argparse.Namespace(**{**vars(args), "steps": None}))
+    policy, spec = load(path, argparse.Namespace(**{**vars(args), "steps": None, "noise": None}))
     if not isinstance(policy, Policy):
         raise ConfigError(f"'{path}' is an export: it cannot be asked step by step; compose the checkpoint that it was made from")
     return policy, spec

@@ -302,7 +302,7 @@ class Search:
         base, count = self.base, len(self.parents)
         rivals: list[tuple[str, Policy]] = [(f"parent {_label(i)}, same sampler", one) for i, one in enumerate(self.alone)]
         for index, one in enumerate(self.parents):
-            if (one.config.sampler, one.config.path) != (base.config.sampler, base.config.path):
+            if any(getattr(one.config, key) != getattr(base.config, key) for key in ("sampler", "path", "initial_noise")):
                 rivals.append((f"parent {_label(index)} as it came", one))
         longer = longer_walk(self.alone[found.better], count)
         if longer is not None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from robopolicy.evaluate.commands import count
+from robopolicy.evaluate.commands import add_sampling_arguments, count
 
 _EXAMPLES = """\
 examples:
@@ -90,7 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--seed-start", type=int, default=400_000, help="seed of the first episode (400000..499999; default 400000)"
     )
     rollout.add_argument("--noise-seed", type=int, default=0, help="seed of the policy's noise (default 0)")
-    rollout.add_argument("--steps", type=count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    add_sampling_arguments(rollout)
     rollout.add_argument(
         "--num-envs",
         type=count,

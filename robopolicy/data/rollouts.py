@@ -86,6 +86,7 @@ def record_rollouts(
         "source": "policy",
         "policy": dict(origin or {}),
         "sampler": policy.config.sampler if isinstance(policy, Policy) else None,
+        "initial_noise": policy.config.initial_noise if isinstance(policy, Policy) else None,
         "success_only": success_only,
         "noise_seed": noise_seed,
         "num_envs": num_envs,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from robopolicy.deploy.guard import trained_ranges
 from robopolicy.deploy.manifest import FORMAT, Backend, Graph, Manifest, Pose, Step, file_digest, observed
 from robopolicy.errors import CheckpointError, ConfigError
-from robopolicy.evaluate.commands import count
+from robopolicy.evaluate.commands import add_sampling_arguments, count, override_sampling, sampled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("checkpoint", metavar="CKPT", help="a run or checkpoint folder")
     parser.add_argument("--to", choices=get_args(Backend), default="onnx", help="the runtime (default onnx)")
-    parser.add_argument("--steps", type=count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    add_sampling_arguments(parser)
     parser.add_argument("--batch", type=count, default=1, help="rows of each graph, fixed (default 1, what one robot needs)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/export/RUNTIME)")
 
@@ -49,16 +49,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from robopolicy.distill.times import check_walk
-    from robopolicy.evaluate.commands import override_steps
     from robopolicy.policy import load_policy
 
     torch.set_num_threads(1)
     policy = load_policy(args.checkpoint)
-    if args.steps is not None:
-        override_steps(policy, args.steps)
-        check_walk(policy, args.checkpoint)
-    folder = args.out or Path(args.checkpoint) / "export" / (args.to + (f"_steps{args.steps}" if args.steps else ""))
+    override_sampling(policy, args.checkpoint, args)
+    folder = args.out or Path(args.checkpoint) / "export" / (args.to + sampled(args))
     manifest = export(policy, folder, args.to, batch=args.batch, checkpoint=args.checkpoint).manifest
     sizes = {name: (folder / graph.file).stat().st_size for name, graph in manifest.graphs.items()}
     for name, graph in manifest.graphs.items():

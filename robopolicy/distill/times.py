@@ -1,4 +1,5 @@
-"""Which steps a distilled policy knows. Some methods train the network at the few times where its own sampler stops."""
+"""Which steps a distilled policy knows. Some methods train the network at the few times where its own sampler stops, and at
+``t = 1`` at the noise that it starts from."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from robopolicy.distill.methods.base import Method
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.errors import ConfigError
 from robopolicy.policy import Policy, read_provenance
+from robopolicy.train.checkpoint import find_policy, read_document
 
 
 def trained_times(provenance: Mapping[str, Any]) -> tuple[float, ...] | None:
@@ -25,7 +27,8 @@ def trained_times(provenance: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 
 def check_walk(policy: Policy, checkpoint: str) -> None:
-    """Raise ConfigError when ``policy``, made of ``checkpoint``, is walked through times at which its network was never trained.
+    """Raise ConfigError when ``policy``, made of ``checkpoint``, is walked through times at which its network was never trained,
+    or from more noise.
 
     That would run, and give any chunk at all.
     """
@@ -40,4 +43,10 @@ def check_walk(policy: Policy, checkpoint: str) -> None:
             f"'{checkpoint}' was distilled by {provenance['method']['type']}: its network knows t = "
             f"{', '.join(f'{t:g}' for t in trained)}, and this sampler asks it at {strange[0]:.3g} too; keep its {len(trained)} "
             "step(s), or distil by reflow or ctm, which know every time"
+        )
+    own = float(read_document(find_policy(checkpoint) / "policy")["config"].get("initial_noise", 1.0))
+    if policy.config.initial_noise > own:
+        raise ConfigError(
+            f"'{checkpoint}' was distilled by {provenance['method']['type']} from noise of scale {own:g}: its network knows no "
+            f"more, and here it would start from {policy.config.initial_noise:g}; take {own:g} or less"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robopolicy.errors import EvaluationError, nearest
+from robopolicy.errors import ConfigError, EvaluationError, nearest
 
 if TYPE_CHECKING:
     from robopolicy.evaluate.record import Evaluation
@@ -21,6 +22,7 @@ EPILOG = """\
 examples:
   robopolicy eval outputs/pusht_flow --episodes 500 --film
   robopolicy eval outputs/pusht_flow --steps 4                  # fewer sampler steps, to see what they cost
+  robopolicy eval outputs/pusht_flow --noise .5                 # fewer, more typical chunks
   robopolicy eval outputs/lift_flow --task lift --seeds 250000 --episodes 100 --workers 2
   robopolicy eval runs/seed0 runs/seed1 runs/seed2 --episodes 200   # training seeds, pooled
   robopolicy eval outputs/pusht_flow --delay 4 --executor rtc       # as if inference took 4 control steps (docs/realtime.md)
@@ -71,13 +73,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", default="test", metavar="test|validation|search|START", help="where seeds start (default test)"
     )
-    parser.add_argument("--steps", type=count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    add_sampling_arguments(parser)
     parser.add_argument("--num-envs", type=count, default=50, help="episodes that advance together (default 50)")
     parser.add_argument("--workers", type=int, default=0, help="processes that step them (default 0: none besides this one)")
     parser.add_argument("--noise-seed", type=int, default=0, help="seed of the policy's noise (default 0)")
     parser.add_argument("--device", default="cpu", help="where the network runs (default cpu)")
     parser.add_argument("--threads", type=count, default=1, help="threads of the network (default 1: best for small ones)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint is sampled, where it shall be otherwise than it says itself; :func:`override_sampling` does it."""
+    parser.add_argument("--steps", type=count, metavar="N", help="sampler steps instead of those of the checkpoint")
+    parser.add_argument(
+        "--noise",
+        type=scale,
+        metavar="SCALE",
+        help="scale of the initial noise instead of the checkpoint's; below 1: fewer, more typical chunks",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,7 +167,7 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         name=args.checkpoints[0],
     )
     how = re.sub(r"\W+", "_", asked).strip("_") + (f"_replan{args.replan}" if args.replan else "")
-    folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{how}_{args.delay}")
+    folder = args.out or _default_folder(args, done.evaluation, f".{how}_{args.delay}")
     done.evaluation.save(folder / "eval.json")
     write_json(folder / "realtime.json", done.realtime.model_dump(mode="json"))
     print("\n".join([*done.lines(), f"figures          {folder}"]))
@@ -188,7 +201,7 @@ def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         name=args.checkpoints[0],
     )
     robot = re.sub(r"\W+", "_", args.robot).strip("_")
-    folder = args.out or _default_folder(args, done.evaluation).with_suffix(f".{robot}")
+    folder = args.out or _default_folder(args, done.evaluation, f".{robot}")
     done.evaluation.save(folder / "eval.json")
     print("\n".join([*done.lines(), f"figures          {folder}"]))
     return 0
@@ -245,7 +258,7 @@ def _pooled(evaluations: Sequence[Evaluation], checkpoints: Sequence[str], folde
 
 
 def load(path: str, args: argparse.Namespace) -> tuple[Actor, TaskSpec]:
-    """The policy at ``path``, a checkpoint or an export, with its sampler as ``--steps`` says, and the task it shall run in."""
+    """The policy at ``path``, a checkpoint or an export, sampled as the arguments say, and the task it shall run in."""
     from robopolicy.deploy.manifest import is_export
     from robopolicy.task import TaskSpec
 
@@ -262,13 +275,10 @@ def load(path: str, args: argparse.Namespace) -> tuple[Actor, TaskSpec]:
 
 
 def _load_checkpoint(path: str, args: argparse.Namespace) -> Policy:
-    from robopolicy.distill.times import check_walk
     from robopolicy.policy import load_policy
 
     policy = load_policy(path, args.device)
-    if args.steps is not None:
-        override_steps(policy, args.steps)
-        check_walk(policy, path)
+    override_sampling(policy, path, args)
     return policy
 
 
@@ -278,6 +288,10 @@ def _load_export(path: str, args: argparse.Namespace) -> Actor:
     if args.steps is not None:
         raise EvaluationError(
             f"'{path}' is an export, its steps are fixed; export the checkpoint again with --steps {args.steps}"
+        )
+    if args.noise is not None:
+        raise EvaluationError(
+            f"'{path}' is an export, its noise is fixed; export the checkpoint again with --noise {args.noise:g}"
         )
     return ExportedPolicy(path, args.threads)
 
@@ -293,6 +307,18 @@ def _origin(path: str) -> dict[str, Any]:
     return provenance if isinstance(provenance, dict) else {}
 
 
+def override_sampling(policy: Policy, checkpoint: str, args: argparse.Namespace) -> None:
+    """Sample the policy that was loaded from ``checkpoint`` as ``--steps`` and ``--noise`` say. Raises ConfigError."""
+    from robopolicy.distill.times import check_walk
+
+    if args.steps is not None:
+        override_steps(policy, args.steps)
+    if args.noise is not None:
+        override_noise(policy, args.noise, checkpoint)
+    if args.steps is not None or args.noise is not None:
+        check_walk(policy, checkpoint)
+
+
 def override_steps(policy: Policy, steps: int) -> None:
     """Make the policy's sampler take ``steps`` steps. Raises ConfigError when it cannot."""
     from robopolicy.config import component
@@ -302,6 +328,16 @@ def override_steps(policy: Policy, steps: int) -> None:
     cls, config = component("sampler", setting, SAMPLERS)
     policy.sampler = cls(config)
     policy.config = policy.config.model_copy(update={"sampler": setting})
+
+
+def override_noise(policy: Policy, noise: float, name: str) -> None:
+    """Make the policy start from noise of scale ``noise``. Raises ConfigError for one that knows no start but 0."""
+    if policy.config.initial_noise == 0 and noise > 0:
+        raise ConfigError(
+            f"'{name}' starts from no noise (policy.initial_noise 0): its network knows no other start, so a scale of "
+            f"{noise:g} cannot be; leave it out"
+        )
+    policy.config = policy.config.model_copy(update={"initial_noise": noise})
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
@@ -320,12 +356,18 @@ def _task_arguments(texts: Sequence[str]) -> dict[str, Any]:
     return apply_overrides({}, texts)
 
 
-def _default_folder(args: argparse.Namespace, first: Evaluation) -> Path:
+def _default_folder(args: argparse.Namespace, first: Evaluation, suffix: str = "") -> Path:
     """Beside the (first) policy, named after what changes the figures."""
     task = first.task.name.rpartition(":")[2]
-    steps = f"_steps{args.steps}" if args.steps else ""
     pooled = "_pooled" if len(args.checkpoints) > 1 else ""
-    return Path(args.checkpoints[0]) / "eval" / f"{task}_{first.seeds[0]}_{len(first.episodes)}{steps}{pooled}"
+    name = f"{task}_{first.seeds[0]}_{len(first.episodes)}{sampled(args)}{pooled}{suffix}"
+    return Path(args.checkpoints[0]) / "eval" / name
+
+
+def sampled(args: argparse.Namespace) -> str:
+    """``--steps`` and ``--noise`` as a part of a name; empty without them."""
+    steps = f"_steps{args.steps}" if args.steps is not None else ""
+    return steps + (f"_noise{args.noise:g}" if args.noise is not None else "")
 
 
 def _short(policy: str) -> str:
@@ -337,4 +379,12 @@ def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def scale(text: str) -> float:
+    """Of an argument: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is no scale; give 0 or more")
     return value

@@ -66,6 +66,7 @@ class Settings(Config):
     n_obs_steps: int
     n_action_steps: int
     sampler: dict[str, Any] | None = None
+    initial_noise: float | None = None  # scale of the noise that sampling started from
     nfe: int | None = None  # evaluations of the network for one chunk
     # ---
     num_envs: int

@@ -122,6 +122,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
         "noise seed": str(settings.noise_seed),
         "chunks": f"{settings.n_obs_steps} observations in, {settings.n_action_steps} actions executed",
         "sampler": ", ".join(f"{k}={v}" for k, v in sampler.items()) or "not recorded",
+        "initial noise": "not recorded" if settings.initial_noise is None else f"of scale {settings.initial_noise:g}",
         "network evaluations": f"{settings.nfe} per chunk" if settings.nfe else "not recorded",
         "environments": f"{settings.num_envs} together, {settings.num_workers or 'no'} worker processes",
         "took": f"{evaluation.seconds:.1f} s ({evaluation.seconds / len(evaluation.episodes):.2f} s per episode)",
@@ -139,12 +140,17 @@ def reproduce(evaluation: Evaluation) -> str:
     if int(seeds[-1] - seeds[0]) + 1 != len(seeds):
         return ""
     arguments = [f"--task-arg {shlex.quote(f'{k}={v}')}" for k, v in evaluation.task.args.items()]
+    settings = evaluation.settings
+    if (steps := (settings.sampler or {}).get("num_steps")) is not None:
+        arguments.append(f"--steps {steps}")
+    if settings.initial_noise is not None:
+        arguments.append(f"--noise {settings.initial_noise!r}")
     return " ".join(
         [
             f"robopolicy eval {shlex.quote(evaluation.policy)} --task {evaluation.task.name}",
             *arguments,
-            f"--episodes {len(seeds)} --seeds {seeds[0]} --noise-seed {evaluation.settings.noise_seed}",
-            f"--num-envs {evaluation.settings.num_envs}",
+            f"--episodes {len(seeds)} --seeds {seeds[0]} --noise-seed {settings.noise_seed}",
+            f"--num-envs {settings.num_envs}",
         ]
     )
 
