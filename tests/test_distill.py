@@ -29,6 +29,7 @@ from robopolicy.distill.teacher import Teacher
 from robopolicy.distill.trainer import Distiller
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.evaluate.paired import compare
+from robopolicy.evaluate.record import load_evaluation
 from robopolicy.evaluate.run import evaluate
 from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
 from robopolicy.task import TaskSpec
@@ -300,6 +301,54 @@ def test_pairs_are_the_teachers_and_are_kept(config: Any, tmp_path: Path, teache
     assert 0.05 < moved.std() / half_range < 0.2
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_of_a_teacher_with_less_noise_starts_from_as_little(
+    method: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s"
+    options = ["--teacher-noise", ".5", "--method", method, "--steps", "2", "--eval", "3", "--out", str(out)]
+    assert main(["distill", teacher, *options, *SHORT]) == 0
+    start = 0.0 if method in ("regression", "mip") else 0.5
+    assert load_policy(out).config.initial_noise == start
+    pairs = Distiller(parse(DistillConfig, load_yaml(out / "config.yaml")), out, resume=True).pairs
+    obs = {name: torch.from_numpy(value) for name, value in pairs.vectors.items()}
+    noise, clean = torch.from_numpy(pairs.noise), torch.from_numpy(pairs.clean)
+    less = Teacher(load_policy(teacher).varied(initial_noise=0.5))
+    assert torch.equal(less.sample(less.encode(obs), noise), clean)
+    whole = Teacher(load_policy(teacher))
+    assert not torch.allclose(whole.sample(whole.encode(obs), noise), clean, atol=1e-3)
+    scales = [load_evaluation(out / "test" / who / "eval.json").settings.initial_noise for who in ("teacher", "student")]
+    assert scales == [0.5, start]  # the verdict is against the teacher that was copied
+
+
+def test_the_scale_of_the_noise_is_part_of_what_pairs_are_kept_for(config: Any, tmp_path: Path) -> None:
+    kept = {}
+    for noise in ("null", "0.5"):
+        run = Distiller(config(f"teacher_noise={noise}"), tmp_path)  # in one folder
+        kept[noise] = run.pairs
+        assert run.teacher.calls > 0
+    assert np.array_equal(kept["null"].noise, kept["0.5"].noise)
+    assert not np.array_equal(kept["null"].clean, kept["0.5"].clean)
+
+
+def test_a_student_of_less_noise_is_not_asked_from_more(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s"
+    assert main(["distill", teacher, "teacher_noise=.5", "--steps", "2", "--out", str(out), *SHORT]) == 0
+    assert f"next: robopolicy distill --resume {out} --eval 400" in capsys.readouterr().out
+    assert main(["distill", "--resume", str(out), "--eval", "3"]) == 0
+    own = ["--episodes", "2", "--num-envs", "2"]
+    assert main(["eval", str(out), *own, "--noise", ".4"]) == 0
+    for command in (
+        ["eval", str(out), *own, "--noise", "1"],
+        ["export", str(out), "--noise", ".6"],
+        ["compose", teacher, str(out), "sampler.num_steps=1", "--out", str(tmp_path / "both")],
+        ["distill", str(out), "--teacher-noise", "1", "--out", str(tmp_path / "again"), *SHORT],
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "distilled by same_noise from noise of scale 0.5" in capsys.readouterr().err
+
+
 # -- running -----------------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +426,9 @@ def test_ctrl_c_saves_and_resume_ends_the_run(teacher: str, tmp_path: Path) -> N
         (["TEACHER", "--data", "nowhere.zarr"], "nowhere.zarr"),
         (["TEACHER", "--teacher-sampler", "{type: ddim, eta: 1.0}"], "draws noise on the way"),
         (["TEACHER", "--teacher-sampler", "{type: eular}"], "did you mean 'euler'?"),
+        (["TEACHER", "--teacher-noise", "0"], "'teacher_noise': Input should be greater than 0"),
+        (["TEACHER", "teacher_noise=little"], "'teacher_noise': Input should be a valid number"),
+        (["--resume", "x", "--teacher-noise", ".5"], "--resume goes alone"),
         (["TEACHER", "data.observations=[image]"], "the teacher needs x"),
     ],
 )

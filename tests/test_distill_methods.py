@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robopolicy.config import Config, component, parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.distill.diagnose import energy_distance, mode_shares, off_support, spread
-from robopolicy.distill.methods.base import Method, Models, Samples, direction, jump
+from robopolicy.distill.methods.base import Method, Models, Samples, direction, jump, noised
 from robopolicy.distill.methods.meanflow import mean_velocity
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.distill.methods.shortcut import two_halves
@@ -255,6 +255,48 @@ def test_padded_rows_do_not_count(name: str) -> None:
     if name == "regression":  # the other one shows the network the actions
         assert torch.equal(losses[0], losses[1])
     assert float(losses[1]) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("consistency", {}, 0.3),
+        ("ctm", {}, 0.3),
+        ("meanflow", {}, 0.3),
+        ("shortcut", {}, 0.3),
+        ("meanflow", {"source": "data"}, 1.0),  # data know of no scale: their flow is that of unit noise
+        ("shortcut", {"source": "data"}, 1.0),
+    ],
+)
+def test_a_student_of_less_noise_is_taught_where_its_walks_go(
+    name: str, config: dict[str, Any], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+
+    def watched(samples: Samples, t: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        x, velocity = noised(samples, t, *rest)
+        time = broadcast_time(t, x)
+        scales.append(float(((x - (1 - time) * samples.clean) / time)[t > 0.01].std()))
+        return x, velocity
+
+    monkeypatch.setattr(f"robopolicy.distill.methods.{name}.noised", watched)
+    rule = method(name, **config)
+    model, (samples, generator) = policy(initial_noise=0.3, **rule.policy()), batch(512)
+    rule.loss(samples, Models(model, target(model), Teacher(policy())), generator)
+    assert scales == pytest.approx([expected] * (2 if name == "ctm" else 1), rel=0.1)
+
+
+def test_with_less_noise_ctm_keeps_the_velocity_of_its_teacher() -> None:
+    """What joins less noise to fewer chunks is another flow than the teacher's, whose jumps are learnt beside it."""
+    losses = {}
+    for noise in (1.0, 0.3):
+        exact = policy(Exact, target_time=True, initial_noise=noise)
+        for denoising in (0.0, 1.0):
+            samples, generator = batch(512)
+            models = Models(exact, target(exact), Teacher(policy(Exact)))
+            losses[noise, denoising] = float(method("ctm", denoising=denoising).loss(samples, models, generator))
+    assert losses[1.0, 1.0] - losses[1.0, 0.0] > 0.1  # the velocity of single chunks is a noisy one
+    assert losses[0.3, 1.0] - losses[0.3, 0.0] == pytest.approx(0, abs=1e-4)
 
 
 def test_mip_weighs_its_two_looks_as_published() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.errors import ConfigError, nearest
-from robopolicy.evaluate.commands import count
+from robopolicy.evaluate.commands import count, override_noise, scale
 
 if TYPE_CHECKING:
     from robopolicy.distill.config import DistillConfig
@@ -37,6 +37,7 @@ examples:
   robopolicy distill outputs/pusht_flow --method ctm --steps 20000 --eval 400
   robopolicy distill outputs/lift_dppo --data data/lift_dppo.zarr         # at what the tuned policy itself meets
   robopolicy distill outputs/pusht_diffusion --teacher-sampler '{type: ddim, num_steps: 20}' policy.net.width=128
+  robopolicy distill outputs/pusht_flow --teacher-noise .5                # the teacher's more typical chunks, and only those
   robopolicy distill outputs/pusht_flow --method regression               # the baseline with the same network
   robopolicy distill --resume outputs/lift_flow_same_noise                     # continues to the bit where it stopped
   robopolicy distill outputs/lift_flow --method meanflow --print-config
@@ -57,6 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count, metavar="N", help="training steps (default 10000)")
     parser.add_argument("--data", metavar="STORE", help="where observations come from (default: the teacher's demonstrations)")
     parser.add_argument("--teacher-sampler", metavar="YAML", help="how the teacher is sampled (default: as it says itself)")
+    parser.add_argument(
+        "--teacher-noise",
+        type=scale,
+        metavar="SCALE",
+        help="scale of the teacher's initial noise instead of its own, and the student's; below 1: fewer, more typical chunks",
+    )
     parser.add_argument("--eval", type=count, metavar="N", help="at the end, teacher and student on the same N test seeds")
     parser.add_argument("--task", help="task of --eval (default: the one the teacher was trained for)")
     parser.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
@@ -102,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     test = None if args.eval is None else final_test(distiller, args.eval)
     print("\n".join(write_result(distiller, measure_spread(distiller), test)))
     if test is None and config.task is not None:
-        print(f"next: robopolicy compare {config.teacher} {out} --episodes 400")
+        as_copied = config.teacher_sampler is None and config.teacher_noise is None
+        fair = f"compare {config.teacher} {out} --episodes 400" if as_copied else f"distill --resume {out} --eval 400"
+        print(f"next: robopolicy {fair}")
     return 0
 
 
@@ -113,7 +122,7 @@ def _check(args: argparse.Namespace) -> None:
             f"unknown method '{args.method}': {nearest(args.method, METHODS)} Or give a dotted path, package.module:Class"
         )
     if args.resume is not None:
-        given = [args.teacher, args.method, args.steps, args.data, args.teacher_sampler, args.task, args.out]
+        given = [args.teacher, args.method, args.steps, args.data, args.teacher_sampler, args.teacher_noise, args.task, args.out]
         if any(value is not None for value in [*given, *args.task_arg, *args.overrides]):
             raise ConfigError("a resumed run keeps its config and folder, so --resume goes alone (or with --eval)")
         return
@@ -143,10 +152,15 @@ def _config(args: argparse.Namespace) -> DistillConfig:
         overrides.append(f"train.steps={args.steps}")
     if args.teacher_sampler is not None:
         overrides.append(f"teacher_sampler={args.teacher_sampler}")
-    asked = apply_overrides({"method": {"type": args.method or DEFAULT_METHOD}}, overrides)["method"]
+    if args.teacher_noise is not None:
+        overrides.append(f"teacher_noise={args.teacher_noise}")
+    given = apply_overrides({"method": {"type": args.method or DEFAULT_METHOD}}, overrides)
+    asked, noise = given["method"], given.get("teacher_noise")
     cls, config = component("method", asked, METHODS)
     method: Method = cls(config)
     teacher = load_policy(args.teacher)
+    if isinstance(noise, int | float) and noise > 0:  # anything else is said below, with the rest of the config
+        override_noise(teacher, float(noise), args.teacher)
     task, name = _task(args), asked["type"].rpartition(":")[2]
     value = {
         "name": f"{Path(args.teacher).resolve().name}_{name}",

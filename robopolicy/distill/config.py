@@ -35,11 +35,13 @@ class DistillConfig(Experiment):
     Attributes:
         teacher: A checkpoint.
         teacher_sampler: How the teacher is sampled; None: as it says itself, without noise on the way.
+        teacher_noise: Scale of the noise that it starts from; None: as it says itself. Its student starts from the same.
         warm_start: Start from the teacher's weights wherever names and shapes fit.
     """
 
     teacher: str
     teacher_sampler: dict[str, Any] | None = None
+    teacher_noise: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
     method: dict[str, Any] = {"type": "same_noise"}
     pairs: PairsConfig = PairsConfig()
     warm_start: bool = True

@@ -15,7 +15,8 @@ from robopolicy.policy import Policy, PolicyConfig
 
 
 def settings(teacher: Policy, method: Mapping[str, Any]) -> dict[str, Any]:
-    """The section ``policy`` of a student: the teacher's, on the linear path, with what the method asks for.
+    """The section ``policy`` of a student: the teacher's, on the linear path, from the same initial noise, with what the method
+    asks for.
 
     Dropout is left out: a map that is to be learnt exactly needs no noise in the network.
     """

@@ -18,7 +18,9 @@ from robopolicy.distill.methods.registry import METHODS
 from robopolicy.distill.pairs import Pairs, load_pairs, sample_pairs, save_pairs
 from robopolicy.distill.student import untrained, warm_start
 from robopolicy.distill.teacher import Teacher
+from robopolicy.distill.times import check_walk
 from robopolicy.errors import ConfigError
+from robopolicy.evaluate.commands import override_noise
 from robopolicy.policy import Policy, load_policy, read_provenance
 from robopolicy.train.bc import Trainer, to_tensors
 from robopolicy.train.checkpoint import find_policy, read_document
@@ -36,7 +38,11 @@ class Distiller(Trainer):
         cls, config = component("method", experiment.method, METHODS)
         self.method: Method = cls(config)
         folder = find_policy(experiment.teacher)
-        self.teacher = Teacher(load_policy(folder), experiment.teacher_sampler)
+        policy = load_policy(folder)
+        if experiment.teacher_noise is not None:
+            override_noise(policy, experiment.teacher_noise, experiment.teacher)
+            check_walk(policy, experiment.teacher)
+        self.teacher = Teacher(policy, experiment.teacher_sampler)
         self.teacher_origin = {
             "path": experiment.teacher,
             "digest": str(read_document(folder / "policy").get("sha256")),
@@ -79,6 +85,7 @@ class Distiller(Trainer):
             "teacher": self.teacher_origin["digest"],
             "sampler": repr(self.teacher.sampler.times(self.teacher.policy.path)),
             "kind": type(self.teacher.sampler).__name__,
+            "initial_noise": self.teacher.policy.config.initial_noise,
             "num": num,
             "batch_size": config.batch_size,
             "seed": seed,

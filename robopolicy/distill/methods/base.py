@@ -92,9 +92,13 @@ def jump(policy: Policy, x: Tensor, t: Tensor, u: Tensor, ctx: Tensor) -> Tensor
     return x + broadcast_time(u - t, x) * direction(policy, x, t, u, ctx)
 
 
-def noised(batch: Samples, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The state at ``t [B]`` of the clean chunks under fresh noise, and its velocity ``eps - x0``; both ``[B, H, A]``."""
-    eps = randn(batch.clean.shape, generator, device=batch.clean.device, dtype=batch.clean.dtype)
+def noised(batch: Samples, t: Tensor, generator: torch.Generator, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The state at ``t [B]`` of the clean chunks under fresh noise, and its velocity ``eps - x0``; both ``[B, H, A]``.
+
+    ``scale`` is of the noise: that of the student, where it learns the flow of a teacher, puts the states where the teacher's
+    walks from such noise go. Learnt from data alone, the flow is that of unit noise, whatever it is sampled from.
+    """
+    eps = scale * randn(batch.clean.shape, generator, device=batch.clean.device, dtype=batch.clean.dtype)
     time = broadcast_time(t, batch.clean)
     return (1 - time) * batch.clean + time * eps, eps - batch.clean
 

@@ -42,7 +42,7 @@ class Consistency(Method):
         index = torch.randint(1, n + 1, (len(batch.clean),), generator=generator, device=generator.device)
         t = index.to(batch.clean.device).double() / n
         u = t - 1 / n
-        x, _ = noised(batch, t, generator)
+        x, _ = noised(batch, t, generator, student.config.initial_noise)
         with torch.no_grad():
             later = models.teacher.step(x, t, u, models.teacher.encode(batch.obs), self.config.ode_order)
             target = average.field(later, u.to(x.dtype), average.encode(batch.obs)).x0

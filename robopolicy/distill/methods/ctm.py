@@ -57,7 +57,7 @@ class CTM(Method):
         s = (draw[1] * index).long() / n  # 0 .. u
         now = torch.zeros_like(t)
         ctx = student.encode(batch.obs, generator)
-        x, _ = noised(batch, t, generator)
+        x, _ = noised(batch, t, generator, student.config.initial_noise)
         with torch.no_grad():
             fixed = average.encode(batch.obs)
             later = models.teacher.step(x, t, u, models.teacher.encode(batch.obs), self.config.ode_order)
@@ -65,6 +65,8 @@ class CTM(Method):
         loss = pseudo_huber(jump(average, jump(student, x, t, s, ctx), s, now, fixed) - target)
         if self.config.denoising:
             t = times(batch, student, generator)
-            x, velocity = noised(batch, t, generator)
+            x, velocity = noised(batch, t, generator, student.config.initial_noise)
+            if student.config.initial_noise != 1:  # what joins other noise to its chunks is not the teacher's flow
+                velocity = models.teacher.velocity(x, t, models.teacher.encode(batch.obs))
             loss = loss + self.config.denoising * mean_square(direction(student, x, t, t, ctx) - velocity, batch.keep)
         return loss

@@ -45,7 +45,7 @@ class MeanFlow(Method):
         both = torch.stack([times(batch, student, generator), times(batch, student, generator)])
         t, r = both.max(0).values, both.min(0).values
         r = torch.where(torch.arange(len(t), device=t.device) < self.config.instantaneous * len(t), t, r)
-        x, velocity = noised(batch, t, generator)
+        x, velocity = noised(batch, t, generator, 1.0 if self.from_data else student.config.initial_noise)
         if not self.from_data:
             velocity = models.teacher.velocity(x, t, models.teacher.encode(batch.obs))
         ctx = student.encode(batch.obs, generator)

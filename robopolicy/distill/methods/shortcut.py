@@ -43,7 +43,7 @@ class Shortcut(Method):
         t, length = self._jumps(count, generator)
         t = torch.cat([t.to(batch.clean.device), times(batch, student, generator)[count:]])
         length = torch.cat([length.to(t.device), torch.zeros_like(t[count:])])
-        x, velocity = noised(batch, t, generator)
+        x, velocity = noised(batch, t, generator, 1.0 if self.from_data else student.config.initial_noise)
         if not self.from_data:
             velocity = models.teacher.velocity(x, t, models.teacher.encode(batch.obs))
         with torch.no_grad():
