@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from robopolicy.errors import ConfigError
+from robopolicy.generative.guidance import Guided
 from robopolicy.generative.path import EDM, LinearFlow, Path, Pred, VPCosine, broadcast_time
 from robopolicy.generative.prefix import Inpainted, Pinned, residual_gradient, soft_mask
 from robopolicy.generative.sampler import DDIM, DPMSolver, Euler, Heun, Jump, Sampler
@@ -69,6 +71,25 @@ def test_the_gradient_is_that_of_finite_differences(path: Path, outside: type) -
         step[index] = 1e-6
         slope = (cost(x - step) - cost(x + step)) / 2e-6
         assert gradient[index].item() == pytest.approx(slope.item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("jacobian", ["true", "identity"])
+def test_guidance_within_guidance_is_refused_where_there_is_no_gradient(jacobian: str) -> None:
+    """A cost below real-time chunking hides its gradient from it; above, it finds none. The identity approximation needs none."""
+    path, t, weights = LinearFlow(), torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4, 6, dtype=torch.float64)
+
+    def pushed(field: object) -> Guided:
+        return Guided(field, lambda x0: x0.square().sum((1, 2)), 1.0, path, jacobian)  # type: ignore[arg-type]
+
+    with pytest.raises(ConfigError, match="jacobian identity"):
+        Inpainted(pushed(bent(path)), path, noise(2), weights)(noise(1), t, CTX)
+    above = pushed(Inpainted(bent(path), path, noise(2), weights))  # type: ignore[arg-type]
+    if jacobian == "true":
+        with pytest.raises(ConfigError, match="jacobian identity"):
+            above(noise(1), t, CTX)
+    else:
+        assert above(noise(1), t, CTX).x0.isfinite().all()
+    assert Inpainted(pushed(bent(path)), path, noise(2), weights, jacobian="identity")(noise(1), t, CTX).x0.isfinite().all()
 
 
 def test_on_the_linear_path_the_rule_is_the_published_one() -> None:
