@@ -26,7 +26,7 @@ import torch
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.distill.report import MARGIN, non_inferiority
 from robopolicy.distill.teacher import networks
-from robopolicy.evaluate.commands import override_steps
+from robopolicy.evaluate.commands import override_steps, scale
 from robopolicy.evaluate.paired import compare
 from robopolicy.evaluate.record import Evaluation, load_evaluation, write_json
 from robopolicy.policy import Policy, load_policy
@@ -38,9 +38,10 @@ def robopolicy(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "robopolicy.cli", *map(str, arguments)], check=True, stdout=sys.stderr, env=environment)
 
 
-def tested(policy: Path, out: Path, args: argparse.Namespace, steps: int | None) -> Evaluation:
+def tested(policy: Path, out: Path, args: argparse.Namespace, steps: int | None, noise: float | None) -> Evaluation:
     if not (out / "eval.json").exists():
         extra = [] if steps is None else ["--steps", str(steps)]
+        extra += [] if noise is None else ["--noise", str(noise)]
         robopolicy("eval", policy, "--episodes", str(args.episodes), "--seeds", args.seeds, *extra, "--out", out)
     return load_evaluation(out / "eval.json")
 
@@ -49,8 +50,9 @@ def distilled(method: str, args: argparse.Namespace) -> Path:
     run = args.out / method
     if not (run / "checkpoints" / "last").exists():
         data = [] if args.data is None else ["--data", args.data]
+        noise = [] if args.teacher_noise is None else ["--teacher-noise", str(args.teacher_noise)]
         chosen = [text.partition(":")[2] for text in args.set if text.partition(":")[0] in (method, "all")]
-        robopolicy("distill", args.teacher, "--method", method, *data, "--out", run, *chosen)
+        robopolicy("distill", args.teacher, "--method", method, *data, *noise, "--out", run, *chosen)
     return run
 
 
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher-steps", nargs="*", type=int, default=[1, 2, 4], help="fewer steps of the teacher, beside its own"
     )
+    parser.add_argument("--teacher-noise", type=scale, metavar="SCALE", help="of the teacher's initial noise (default: its own)")
     parser.add_argument("--two-calls", action="store_true", help="ask students that can in two calls, too")
     parser.add_argument("--episodes", type=int, default=400)
     parser.add_argument("--seeds", default="test", help="test (default), validation, or a number: see `robopolicy eval`")
@@ -103,8 +106,9 @@ def main() -> None:
         policies[name] = load_policy(run)
         if steps is not None:
             override_steps(policies[name], steps)
-        folder = name.replace(", ", "_").replace(" ", "_")
-        evaluations[name] = tested(run, args.out / f"{args.seeds}_{args.episodes}" / folder, args, steps)
+        noise = args.teacher_noise if run == args.teacher else None  # a student has its own
+        folder = name.replace(", ", "_").replace(" ", "_") + ("" if noise is None else f"_noise{noise:g}")
+        evaluations[name] = tested(run, args.out / f"{args.seeds}_{args.episodes}" / folder, args, steps, noise)
     times = latencies(policies)
     title = f"{'policy':24} {'calls':>5} {'success':24} {'mean max reward':24} {'success - teacher':26} {'CPU ms':>7} {'p95':>7}"
     print(f"{args.episodes} paired seeds from {args.seeds}; margin {MARGIN:.0%}\n{title}")
