@@ -1,4 +1,4 @@
-"""A virtual arm and a policy node in processes of their own, on a domain of their own, and a client that runs episodes."""
+"""A virtual arm and a policy node in processes of their own, on a domain that is free, and a client that runs episodes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
-
-import numpy as np
-import torch
+from unittest import mock
 
 from hardware.ros2.contract import LATCHED, message_type
-from hardware.ros2.runtime import LOCALHOST, Ros, RosError
+from hardware.ros2.domain import alone, domain
+from hardware.ros2.runtime import Ros, RosError
 from hardware.ros2.services import TRIGGER, call, change_state, set_parameter, until
 from hardware.ros2.supervisor import CONFIGURE, READY
-from robopolicy.config import parse
-from robopolicy.data.normalize import Normalizer
-from robopolicy.deploy.clock import SystemClock
-from robopolicy.policy import Policy, PolicyConfig
-from sim.arm.robot import SimArm
 
 ARM, POLICY = "virtual_arm", "robopolicy_policy"
-WANDERER_TASK = {"image_size": 48}
-_WANDERS = ([0.42, -0.08, 0.10, -0.2, 0.03], [0.52, 0.08, 0.22, 0.2, 0.07])  # between these [m, m, m, rad, m]
 _END = 15.0  # [s]: for a process to end after Ctrl-C
 
 
@@ -46,7 +39,6 @@ class Cell:
 
     Args:
         checkpoint: The policy.
-        domain: ROS domain that nobody else uses.
         logs: Folder for what the processes print.
         arm: Parameters of the virtual arm.
         policy: Parameters of the policy node.
@@ -58,41 +50,36 @@ class Cell:
     def __init__(
         self,
         checkpoint: str | Path,
-        domain: int,
         logs: Path,
         arm: Mapping[str, Any] | None = None,
         policy: Mapping[str, Any] | None = None,
     ) -> None:
         self._arm, self._policy = dict(arm or {}), {"checkpoint": str(Path(checkpoint).resolve()), **(policy or {})}
-        self._domain, self._logs = domain, logs
+        self._logs, self._processes = logs, dict[str, subprocess.Popen[bytes]]()
         self.said: list[Said] = []
 
     def __enter__(self) -> Self:
-        os.environ.update(LOCALHOST | {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"})
-        environment = os.environ | {"ROS_DOMAIN_ID": str(self._domain), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._ros = Ros(signals=False, domain=self._domain).__enter__()
-        self._processes = {
-            name: _start(f"hardware.ros2.{module}", parameters, environment, self._logs / f"{name}.log")
-            for name, module, parameters in ((ARM, "virtual_arm", self._arm), (POLICY, "policy_node", self._policy))
-        }
-        try:
-            self.node = self._ros.node("benchmark")
+        with ExitStack() as stack:
+            environment = alone(stack.enter_context(domain())) | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+            stack.enter_context(mock.patch.dict(os.environ, environment))
+            stack.callback(self._end)
+            for name, module, parameters in ((ARM, "virtual_arm", self._arm), (POLICY, "policy_node", self._policy)):
+                self._processes[name] = _start(f"hardware.ros2.{module}", parameters, self._logs / f"{name}.log")
+            ros = stack.enter_context(Ros(signals=False))
+            self.node = ros.node("benchmark")
             self.node.create_subscription(message_type("std_msgs/msg/String"), f"{POLICY}/state", self._hear, LATCHED.to_ros())
-            self._ros.spin_in_thread()
+            ros.spin_in_thread()
             until(self._there, READY)
             self.change("configure")
             self.change("activate")
-        except BaseException:
-            self._close()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        self._stack.close()
 
-    def _close(self) -> None:
-        self._ros.close()
+    def _end(self) -> None:
         for process in reversed(self._processes.values()):  # the policy first: it brings the arm to rest
             process.send_signal(signal.SIGINT)
             try:
@@ -157,35 +144,12 @@ class Cell:
         return self.said[-1].mode if self.said else ""
 
 
-def wanderer(folder: Path, image: bool) -> Path:
-    """A checkpoint of a policy of the task lift that was never trained: it moves the arm about, and has every input of the task.
-
-    Args:
-        folder: For it.
-        image: Whether it sees the camera, too.
-    """
-    arm = SimArm("lift", SystemClock(), **(WANDERER_TASK if image else {}))
-    arm.reset(0)
-    rng = np.random.default_rng(0)
-    values = {name: value for name, value in arm.observe().values.items() if value.dtype != np.uint8}
-    normalizers = {name: Normalizer.fit(value + rng.uniform(-1.0, 1.0, (500, value.size))) for name, value in values.items()}
-    normalizers["action"] = Normalizer.fit(rng.uniform(*_WANDERS, (500, 5)))
-    net = {"horizon": 16, "n_action_steps": 8, "net": {"type": "mlp", "width": 16, "depth": 1}}
-    config = parse(PolicyConfig, {**net, "sampler": {"type": "euler", "num_steps": 1}})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        policy = Policy(config, arm.observation_features, arm.action_feature, normalizers)
-    policy.save(folder, {"task": {"name": "lift", "args": WANDERER_TASK if image else {}}})
-    arm.close()
-    return folder
-
-
-def _start(module: str, parameters: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _start(module: str, parameters: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
     values = [word for key, value in parameters.items() for word in ("-p", f"{key}:={_text(value)}")]
     command = [sys.executable, "-m", module, *(["--ros-args", *values] if values else [])]
     with log.open("wb") as output:
         return subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
 

@@ -10,10 +10,8 @@ it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ros2_cell import Cell, wanderer
+from benchmarks.ros2_cell import Cell
+from benchmarks.ros2_common import command_line, program, report, wanderer
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS, evaluate
 from robopolicy.evaluate.stats import mcnemar, success_difference, success_interval
@@ -95,13 +94,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint", nargs="?", help="default: a policy that was never trained, to see whether all this runs")
+    parser = command_line(__doc__)
     parser.add_argument("--task", default="lift")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--first", type=int, default=SEEDS["test"], help="seed")
-    parser.add_argument("--domain", type=int, default=13, help="ROS domain that nobody else uses")
-    parser.add_argument("--policy", action="append", default=[], metavar="NAME=VALUE", help="parameter of the policy node")
     parser.add_argument("--out", type=Path, default=Path("outputs/ros2_episodes"))
     parser.add_argument("--quick", action="store_true", help="two episodes, as CI runs it")
     args = parser.parse_args(argv)
@@ -117,21 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["plain"] |= {seed: {"success": success} for seed, success in plain(checkpoint, args.task, missing).items()}
     if missing := [seed for seed in seeds if seed not in found["ros"]]:
         arm = {"task": args.task, "cameras": False}
-        policy = dict(setting.split("=", 1) for setting in args.policy)
-        with Cell(checkpoint, args.domain, args.out, arm, policy) as cell:
+        with Cell(checkpoint, args.out, arm, dict(args.policy)) as cell:
             for seed in missing:
                 found["ros"][seed] = row = episode(cell, seed)
                 said = row.get("refused", row.get("stops"))
                 print(f"{seed}: {'success' if row['success'] else 'failure'} {said or ''}", flush=True)
                 path.write_text(json.dumps(found, indent=1))
-    text = table(found)
-    (args.out / "episodes.md").write_text(text + "\n")
-    print(text)
-    return 0
+    return report(table(found), args.out / "episodes.md")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RobopolicyError as error:
-        sys.exit(f"ros2_episodes: {error}")
+    program(main)

@@ -15,10 +15,8 @@ made here when none is given does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.ros2_cell import POLICY, WANDERER_TASK, Cell, wanderer
+from benchmarks.ros2_cell import POLICY, Cell
+from benchmarks.ros2_common import WANDERER_TASK, command_line, program, report, setting, wanderer
 from hardware.ros2.services import until
 from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
@@ -167,8 +166,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint", nargs="?", help="default: a policy that was never trained and moves the arm about")
+    parser = command_line(__doc__)
     parser.add_argument("--task", default="lift")
     parser.add_argument("--seeds", type=int, default=20, help="how many")
     parser.add_argument("--first", type=int, default=SEEDS["validation"], help="seed")
@@ -176,9 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS)
     )
-    parser.add_argument("--domain", type=int, default=13, help="ROS domain that nobody else uses")
-    parser.add_argument("--policy", action="append", default=[], metavar="NAME=VALUE", help="parameter of the policy node")
-    parser.add_argument("--arm", action="append", default=[], metavar="NAME=VALUE", help="parameter of the virtual arm")
+    parser.add_argument(
+        "--arm", action="append", default=[], type=setting, metavar="NAME=VALUE", help="parameter of the virtual arm"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/ros2_faults"))
     parser.add_argument("--quick", action="store_true", help="one seed, four faults of joint states, as CI runs it")
     args = parser.parse_args(argv)
@@ -193,23 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = args.checkpoint or wanderer(args.out / "wanderer", camera)
         arm: dict[str, Any] = {"task": args.task, "cameras": camera}
         arm |= {} if args.checkpoint else {"image_height": size, "image_width": size}
-        arm |= dict(setting.split("=", 1) for setting in args.arm)
-        policy = dict(setting.split("=", 1) for setting in args.policy)
-        with Cell(checkpoint, args.domain, args.out, arm, policy) as cell:
+        with Cell(checkpoint, args.out, arm | dict(args.arm), dict(args.policy)) as cell:
             for stream, fault, seed in missing:
                 rows.append(row := run_cell(cell, stream, fault, seed))
                 held = "" if row["to_hold"] is None else f"held after {row['to_hold']:.2f} s ({row['cause']}), "
                 print(f"{stream}, {fault}, {seed}: {held}{row['after']}  {' '.join(violations(row))}", flush=True)
                 settings = {key: str(value) for key, value in vars(args).items()}
                 path.write_text(json.dumps({"provenance": provenance(), "args": settings, "rows": rows}, indent=1))
-    text = table([row for row in rows if (row["stream"], row["fault"], row["seed"]) in set(cells)])
-    (args.out / "faults.md").write_text(text + "\n")
-    print(text)
-    return 0
+    asked = [row for row in rows if (row["stream"], row["fault"], row["seed"]) in set(cells)]
+    return report(table(asked), args.out / "faults.md")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RobopolicyError as error:
-        sys.exit(f"ros2_faults: {error}")
+    program(main)

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ros2_cell import ARM, POLICY, wanderer
+from benchmarks.ros2_cell import ARM, POLICY
+from benchmarks.ros2_common import command_line, program, wanderer
 from benchmarks.ros2_watch import Watch, WatchedCell
 from hardware.ros2 import shm
 from hardware.ros2.profile import load_profile
 from hardware.ros2.services import until
-from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.provenance import provenance
 
@@ -40,7 +39,7 @@ _RATIOS = ("velocity", "acceleration", "jerk")
 def trial(args: argparse.Namespace, victim: str, seed: int, folder: Path) -> dict[str, Any]:
     """Start everything, let the arm move, kill one process, and look."""
     profile, load = load_profile("virtual"), round(os.getloadavg()[0], 2)
-    with WatchedCell(args.checkpoint, args.domain, folder / f"{victim}_{seed}", {"cameras": False}) as cell:
+    with WatchedCell(args.checkpoint, folder / f"{victim}_{seed}", {"cameras": False}, dict(args.policy)) as cell:
         watch = Watch(cell, profile, cameras=False)
         cell.begin(seed)
         moving = until(lambda: _speed(watch, profile.rate) > 0.1, 20.0)  # somewhere in the approach
@@ -111,12 +110,10 @@ def table(trials: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint", nargs="?", help="default: a policy that was never trained and moves the arm about")
+    parser = command_line(__doc__)
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     parser.add_argument("--seeds", type=int, default=20, help="trials of each")
     parser.add_argument("--watch", type=float, default=3.0, help="so long after the kill [s]")
-    parser.add_argument("--domain", type=int, default=14, help="ROS domain that nobody else uses")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="one trial of each, as CI runs it")
     args = parser.parse_args(argv)
@@ -136,7 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RobopolicyError as error:
-        sys.exit(f"ros2_kill: {error}")
+    program(main)

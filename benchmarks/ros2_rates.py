@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.ros2_cell import ARM, wanderer
+from benchmarks.ros2_cell import ARM
+from benchmarks.ros2_common import command_line, program, wanderer
 from benchmarks.ros2_watch import RANKS, Watch, WatchedCell, cpu_seconds, memory_mb, ranks, values
 from hardware.ros2.profile import PROFILES, load_profile
 from robopolicy.config import load_yaml
-from robopolicy.errors import RobopolicyError
 from robopolicy.evaluate.run import SEEDS
 from robopolicy.provenance import provenance
 
@@ -42,8 +41,8 @@ def measure(args: argparse.Namespace, rate: float, cameras: bool, folder: Path) 
     profile_path.write_text(yaml.safe_dump(load_yaml(PROFILES / "virtual.yaml") | {"rate": rate}))
     profile, load = load_profile(profile_path), [round(value, 2) for value in os.getloadavg()]
     arm = {"profile": profile_path, "cameras": cameras}
-    policy = dict(setting.split("=", 1) for setting in args.policy) | {"profile": profile_path}
-    with WatchedCell(args.checkpoint, args.domain, folder / f"{rate:g}_{cameras}", arm, policy) as cell:
+    policy = dict(args.policy) | {"profile": profile_path}
+    with WatchedCell(args.checkpoint, folder / f"{rate:g}_{cameras}", arm, policy) as cell:
         watch = Watch(cell, profile, cameras)
         windows: list[tuple[float, float]] = []
         memory: list[tuple[float, dict[str, float]]] = []
@@ -124,13 +123,10 @@ def _cells(figures: dict[str, float], *names: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint", nargs="?", help="default: a policy that was never trained and moves the arm about")
+    parser = command_line(__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 250.0], help="of control [Hz]")
     parser.add_argument("--cameras", nargs="+", choices=["off", "on"], default=["off", "on"])
     parser.add_argument("--seconds", type=float, default=600.0, help="of control, each run")
-    parser.add_argument("--domain", type=int, default=14, help="ROS domain that nobody else uses")
-    parser.add_argument("--policy", action="append", default=[], metavar="NAME=VALUE", help="parameter of the policy node")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="100 Hz without cameras for 10 s, as CI runs it")
     args = parser.parse_args(argv)
@@ -151,7 +147,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except RobopolicyError as error:
-        sys.exit(f"ros2_rates: {error}")
+    program(main)

@@ -1,6 +1,7 @@
 """A policy node in this process, and a driver that does what tests tell it: both over real ROS."""
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -9,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from geometry_msgs.msg import PoseStamped
 from ros import Sandbox
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
+from benchmarks.ros2_common import untrained
 from hardware.ros2.contract import COMMAND, LATCHED, STATE_OUT
 from hardware.ros2.policy_node import NAME, PolicyNode
 from hardware.ros2.profile import load_profile
 from hardware.ros2.runtime import Ros, RosClock
-from robopolicy.config import parse
-from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.clock import SystemClock, Ticker
-from robopolicy.policy import Policy, PolicyConfig
-from sim.arm.robot import SimArm
+from robopolicy.policy import Policy
 
 PROFILE = load_profile("virtual")
 HOME = PROFILE.home_positions
@@ -35,19 +33,7 @@ CUBE = (0.45, 0.05, 0.02)
 
 def save_policy(folder: Path, ahead: tuple[float, ...] = (0.5, 0.0, 0.15, 0.0, 0.06), **provenance: Any) -> Policy:
     """A policy of the task lift that was never trained: it goes ``ahead``, wherever it is; home is familiar to it."""
-    arm = SimArm("lift", SystemClock())
-    arm.reset(0)
-    values = arm.observe().values
-    value = {"horizon": 16, "n_action_steps": 4, "net": {"type": "mlp", "width": 16, "depth": 1}}
-    config = parse(PolicyConfig, {**value, "sampler": {"type": "euler", "num_steps": 1}})
-    spread = np.random.default_rng(0).uniform(-1.0, 1.0, (200, 1))
-    normalizers = {name: Normalizer.fit(values[name] + spread) for name in arm.observation_features}
-    normalizers["action"] = Normalizer.fit(np.array(ahead) + 1e-3 * spread)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        policy = Policy(config, arm.observation_features, arm.action_feature, normalizers)
-    policy.save(folder, {"task": {"name": "lift", "args": {}}, **provenance})
-    return policy.eval()
+    return untrained(folder, np.array(ahead) + np.linspace(-1e-3, 1e-3, 200)[:, None], **provenance)
 
 
 class Driver:
@@ -58,6 +44,7 @@ class Driver:
         names: Published, in this order.
         commands: What came, with its time of arrival.
         alive: Whether states are published.
+        noise: Of the cube's pose [m].
     """
 
     def __init__(self, namespace: str = "") -> None:
@@ -66,7 +53,7 @@ class Driver:
         self.positions = HOME.copy()
         self.names = ["right_finger", "joint7", "joint2", "left_finger", *JOINTS[2:6], "joint1"]
         self.commands: list[tuple[float, np.ndarray]] = []
-        self.alive = True
+        self.alive, self.noise = True, 0.0
         self._state = node.create_publisher(JointState, "joint_states", STATE_OUT.to_ros())
         self._cube = node.create_publisher(PoseStamped, "objects/cube/pose", STATE_OUT.to_ros())
         node.create_subscription(Float64MultiArray, PROFILE.command.topic, self._take, COMMAND.to_ros())
@@ -101,6 +88,7 @@ class Driver:
             cube = PoseStamped()
             cube.header.stamp, cube.header.frame_id = message.header.stamp, "world"
             cube.pose.position.x, cube.pose.position.y, cube.pose.position.z = CUBE
+            cube.pose.position.z += self.noise * random.random()
             cube.pose.orientation.w = 1.0
             self._cube.publish(cube)
 

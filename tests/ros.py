@@ -12,10 +12,8 @@ The fixtures ``ros`` (a test's own) and ``ros_module`` (shared by the tests of a
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,34 +26,10 @@ from typing import Any
 import pytest
 
 from hardware.ros2 import shm
-from hardware.ros2.runtime import LOCALHOST
+from hardware.ros2.domain import alone, domain
 
 ROOT = Path(__file__).resolve().parents[1]
-_DOMAINS = range(20, 102)  # 0 to 19 are left to people
-# The next user takes the next domain, and workers begin apart: killed nodes, and their ports, live on for a while.
-_NEXT = itertools.count(37 * os.getpid())
 _PR_SET_PDEATHSIG = 1
-
-
-@contextmanager
-def domain() -> Iterator[int]:
-    """A ROS domain for one user alone, another one each time. A bound port is the lock: whatever ends us, the system frees it.
-
-    The port is the last of the domain's own 250, where the 120th participant would be: no other program is there.
-    """
-    lock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        for _ in _DOMAINS:
-            found = _DOMAINS[next(_NEXT) % len(_DOMAINS)]
-            try:
-                lock.bind(("127.0.0.1", 7400 + 250 * found + 249))
-            except OSError:
-                continue
-            yield found
-            return
-        pytest.fail("all ROS domains from 20 to 101 are taken by other test runs; end some")
-    finally:
-        lock.close()
 
 
 class Process:
@@ -168,8 +142,6 @@ class Sandbox:
             process.kill()  # also what a dead one left running
         for process in self.processes:
             process.clean()
-        ports = {f"fastdds_port{7400 + 250 * self.domain + number}" for number in range(250)}  # the domain's, so nobody else's
-        shm.remove(path for path in shm.leftovers(age=0.0) if shm.belongs(path, ports))
 
     # ---- the test's own node -------------------------------------------------------------------------------------------------
 
@@ -256,12 +228,9 @@ class Sandbox:
 
 
 def environment(number: int) -> dict[str, str]:
-    """What isolates a domain, and keeps messages above 0.5 MB from being lost (which takes an XML profile with LOCALHOST)."""
+    """For processes in a domain."""
     return {
-        "ROS_DOMAIN_ID": str(number),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA",
-        **LOCALHOST,
+        **alone(number),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"),

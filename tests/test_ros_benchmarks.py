@@ -1,15 +1,14 @@
 """The fault campaign and the episode benchmark in their quick forms, over real ROS; and that their tables can say no."""
 
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
-from ros import Sandbox
+import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
-
-from benchmarks import ros2_episodes, ros2_faults
+from benchmarks import ros2_cell, ros2_episodes, ros2_faults
+from hardware.ros2.runtime import RosError
 
 
 def row(fault: str, seed: int, **changes: Any) -> dict[str, Any]:
@@ -45,9 +44,27 @@ def test_the_comparison_has_intervals_and_pairs_seeds() -> None:
     assert "-0.100 [-" in text
 
 
-def test_the_campaign_holds_and_goes_on_where_it_was(ros: Sandbox, tmp_path: Path) -> None:
+def test_every_cell_has_a_domain_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two benchmarks at once would share an arm."""
+    before, seen = dict(os.environ), []
+
+    def start(*_: Any) -> None:
+        seen.append(os.environ["ROS_DOMAIN_ID"])
+        if len(seen) < 2:
+            with ros2_cell.Cell("second", tmp_path):
+                pass
+        raise RosError("it has not started")
+
+    monkeypatch.setattr(ros2_cell, "_start", start)
+    with pytest.raises(RosError, match="it has not started"), ros2_cell.Cell("first", tmp_path):
+        pass
+    assert len(set(seen)) == 2
+    assert dict(os.environ) == before
+
+
+def test_the_campaign_holds_and_goes_on_where_it_was(tmp_path: Path) -> None:
     out = tmp_path / "faults"
-    arguments = ["--seeds", "1", "--streams", "state", "--out", str(out), "--domain", str(ros.domain)]
+    arguments = ["--seeds", "1", "--streams", "state", "--out", str(out)]
     assert ros2_faults.main([*arguments, "--faults", "NaN in all"]) == 0
     rows = json.loads((out / "faults.json").read_text())["rows"]
     assert [(row["fault"], row["seed"]) for row in rows] == [("NaN in all", 100_000)]

@@ -1,21 +1,17 @@
 """The benchmarks of rates and of killed processes in a short form, over real ROS: loose bounds, for CI machines are busy."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from ros import Sandbox
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
 
 from benchmarks import ros2_kill, ros2_rates
 from benchmarks.ros2_watch import ranks
 
 
-def test_control_keeps_its_rate_with_cameras_on(ros: Sandbox, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_control_keeps_its_rate_with_cameras_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rates.json"
-    arguments = ["--rates", "100", "--cameras", "on", "--seconds", "3", "--domain", str(ros.domain), "--json", str(out)]
+    arguments = ["--rates", "100", "--cameras", "on", "--seconds", "3", "--json", str(out)]
     assert ros2_rates.main(arguments) == 0
     (run,) = json.loads(out.read_text())["runs"]
     assert 5 < run["period_ms"]["p50"] < 20
@@ -27,9 +23,9 @@ def test_control_keeps_its_rate_with_cameras_on(ros: Sandbox, tmp_path: Path, ca
     assert "| 100 | on | 3 |" in capfd.readouterr().out
 
 
-def test_killed_processes_leave_an_arm_that_stands(ros: Sandbox, tmp_path: Path) -> None:
+def test_killed_processes_leave_an_arm_that_stands(tmp_path: Path) -> None:
     out = tmp_path / "kill.json"
-    assert ros2_kill.main(["--seeds", "1", "--watch", "2", "--domain", str(ros.domain), "--json", str(out)]) == 0
+    assert ros2_kill.main(["--seeds", "1", "--watch", "2", "--json", str(out)]) == 0
     trials = {trial["victim"]: trial for trial in json.loads(out.read_text())["trials"]}
     assert all(trial["moving"] for trial in trials.values())
     node, inference, arm = trials["node"], trials["inference"], trials["arm"]

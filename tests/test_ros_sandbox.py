@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from ros import Sandbox, domain, sandbox
+from ros import Sandbox, sandbox
 
 from hardware.ros2 import shm
+from hardware.ros2.domain import domain
 
 TALKER = """
 import rclpy, sys, time
