@@ -118,6 +118,12 @@ class Recorder:
         value: dict[str, Any] = json.loads(self.ros.message(String, f"{self.name}/state", qos=LATCHED.to_ros()).data)
         return value
 
+    def record(self, seconds: float) -> None:
+        """An episode."""
+        self.start()
+        self.ros.spin(seconds)
+        assert self.call("stop").success
+
     def end(self) -> None:
         self.process.send(signal.SIGINT)
         assert self.process.wait(15) == 0, self.process.output()
@@ -151,9 +157,7 @@ def test_what_a_driver_says_is_stored_and_trains(ros_module: Sandbox, driver: Dr
     ros_module.spin(0.6)
     assert "discarded" in recorder.call("discard").message
     for _ in range(2):
-        recorder.start()
-        ros_module.spin(0.8)
-        assert recorder.call("stop").success
+        recorder.record(0.8)
     assert recorder.state()["episode"] == 3
     recorder.end()
 
@@ -187,9 +191,7 @@ def test_kill_9_loses_the_open_episode_alone_and_ctrl_c_none(
     ros_module: Sandbox, driver: Driver, profile: Path, tmp_path: Path
 ) -> None:
     recorder = Recorder(ros_module, tmp_path / "set.zarr", profile, block=4)
-    recorder.start()
-    ros_module.spin(0.7)
-    assert recorder.call("stop").success
+    recorder.record(0.7)
     recorder.start()
     ros_module.spin(1.0)
     recorder.process.kill()
@@ -210,9 +212,7 @@ def test_a_full_disk_and_a_dead_camera_are_told_and_cost_nothing_else(
     ros_module: Sandbox, driver: Driver, profile: Path, tmp_path: Path
 ) -> None:
     recorder = Recorder(ros_module, tmp_path / "set.zarr", profile, block=4)
-    recorder.start()
-    ros_module.spin(0.7)
-    assert recorder.call("stop").success
+    recorder.record(0.7)
     # The camera dies in the middle: told at once, and in the answer; what was recorded is kept.
     recorder.start()
     ros_module.spin(0.5)
@@ -232,9 +232,7 @@ def test_a_full_disk_and_a_dead_camera_are_told_and_cost_nothing_else(
     assert "2 committed episodes are intact" in told["note"]
     assert not told["recording"]
     resource.prlimit(recorder.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    recorder.start()
-    ros_module.spin(0.7)
-    assert recorder.call("stop").success
+    recorder.record(0.7)
     recorder.end()
     assert len(Episodes.open(recorder.out)) == 3
     assert [p for p in check(recorder.out) if p.severity == "error"] == []
