@@ -28,7 +28,15 @@ _SMOOTHING = 0.05  # of the average time between commands
 
 
 class CommandError(RobopolicyError):
-    """A command that a controller would not take."""
+    """A command that a controller would not take.
+
+    Attributes:
+        code: The error's name in FollowJointTrajectory.
+    """
+
+    def __init__(self, why: str, code: str = "INVALID_GOAL") -> None:
+        super().__init__(why)
+        self.code = code
 
 
 class Snapshot(NamedTuple):
@@ -45,6 +53,26 @@ class Snapshot(NamedTuple):
     joints: Joints
     poses: dict[str, np.ndarray]
     picture: np.ndarray
+
+
+class Motion(NamedTuple):
+    """How far the arm has come with what it was told; arrays ``[n]``, of the coordinates.
+
+    Attributes:
+        command: Number of the newest command. It changes when another comes, also by a reset.
+        left: Until the end of its trajectory; negative: since then [s].
+        targets: Set points of the servos.
+        speeds: At which the set points move along the trajectory.
+        positions: As they are.
+        velocities: As they are.
+    """
+
+    command: int
+    left: float
+    targets: np.ndarray
+    speeds: np.ndarray
+    positions: np.ndarray
+    velocities: np.ndarray
 
 
 class Driver:
@@ -84,6 +112,7 @@ class Driver:
         self._rated = np.array([c.velocity for c in limits.coordinates])
         self._period, self._lookahead = 1.0 / rate, max(1, round(lookahead / world.timestep))
         self.reflex = ""
+        self._command = 0  # number of the newest
         self._last: np.ndarray | None = None  # watched targets of the last command
         self._stale: np.ndarray | None = None  # the last ones before the arm was put elsewhere
         self.reset(0)
@@ -99,6 +128,8 @@ class Driver:
             self._set = self._goal = self.world.positions
             self._left = np.zeros(len(self._set), int)
             self._path: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+            self._ends = 0.0  # the newest trajectory, since the reset [s]
+            self._command += 1
             self._last = None
             self._last_time = float("-inf")
             self._due = float("-inf")  # when the newest streamed target is reached
@@ -128,6 +159,7 @@ class Driver:
             if self._trips(watched, now):
                 return
             self.record.command(now, watched)
+            self._command += 1
             if self._last is not None:
                 self._spacing += _SMOOTHING * (min(now - self._last_time, 1.0) - self._spacing)
             timestep = self.world.timestep
@@ -143,38 +175,79 @@ class Driver:
             self._goal = self._goal.copy()
             self._goal[-1], self._left[-1] = width, 1
 
-    def follow(self, columns: Sequence[int] | np.ndarray, times: np.ndarray, points: np.ndarray) -> None:
+    def check_trajectory(self, columns: Sequence[int] | np.ndarray, times: np.ndarray, points: np.ndarray) -> None:
+        """What :meth:`follow` takes. Raises CommandError."""
+        columns, points = np.asarray(columns), np.asarray(points)
+        if len(times) == 0 or points.shape != (len(times), len(columns)):
+            raise self.refusal(f"a trajectory of shape {points.shape} with {len(times)} times for {len(columns)} joints")
+        if (np.diff(times) <= 0).any():
+            raise self.refusal("times of a trajectory must increase")
+        if times[-1] <= 0:
+            raise self.refusal("the trajectory's end is past", "OLD_HEADER_TIMESTAMP")
+        for point in points:
+            self._check(point, columns)
+
+    def follow(self, columns: Sequence[int] | np.ndarray, times: np.ndarray, points: np.ndarray) -> int:
         """A trajectory ``[k, len(columns)]`` that is at its points ``times`` [s] from now, straight in between.
+
+        Points that are past are left out.
+
+        Returns:
+            Its :attr:`Motion.command`.
 
         Raises:
             CommandError: As joint_trajectory_controller refuses it.
         """
         columns, times, points = np.asarray(columns), np.asarray(times, np.float64), np.asarray(points, np.float64)
         with self._lock:
-            if len(times) == 0 or points.shape != (len(times), len(columns)):
-                raise self.refusal(f"a trajectory of shape {points.shape} with {len(times)} times for {len(columns)} joints")
-            if (np.diff(times) <= 0).any() or times[-1] <= 0:
-                raise self.refusal("times of a trajectory must increase, and not all be past")
-            for point in points:
-                self._check(point, columns)
+            self.check_trajectory(columns, times, points)
+            times, points = times[times > 0], points[times > 0]
             self.advance()
+            self._command += 1
             now = self._clock.now()
             full = np.repeat(self._goal[None], len(points), axis=0)
             full[:, columns] = points
             gap = max(float(times[0]), self._period)
             if self._trips(full[0, self._watched], now, gap):
-                return
+                return self._command
             self.record.counts["commands"] += 1
             if np.abs(full[-1] - self._set).max() > 1e-7:
                 self.record.commanded = now
             start = max(self._steps * self.world.timestep, 0.0)
             self._path = (np.append(0.0, times) + start, np.vstack([self._set, full]), columns)
+            self._ends = start + float(times[-1])
+            self._left[columns] = 0  # what was streamed before is not reached any more
             self._last, self._last_time, self._goal = full[-1, self._watched], now + float(times[-1]), full[-1]
+            return self._command
+
+    def hold(self) -> None:
+        """A trajectory ends where its set points are: at once, without deceleration, as joint_trajectory_controller holds."""
+        with self._lock:
+            self.advance()
+            self._command += 1
+            if self._path is None:
+                return
+            columns, self._path, self._goal = self._path[2], None, self._goal.copy()
+            self._goal[columns] = self._set[columns]
+            self._ends = self._steps * self.world.timestep
+            self._last, self._last_time = self._goal[self._watched], self._clock.now()
+
+    def motion(self) -> Motion:
+        """As of the last step."""
+        with self._lock:
+            now, speeds = self._steps * self.world.timestep, np.zeros(len(self._set))
+            if self._path is not None:
+                times, points, columns = self._path
+                i = min(int(np.searchsorted(times, now, "right")), len(times) - 1)
+                speeds[columns] = (points[i] - points[i - 1])[columns] / (times[i] - times[i - 1])
+            measured = self.world.positions.copy(), self.world.velocities.copy()
+            return Motion(self._command, self._ends - now, self._set.copy(), speeds, *measured)
 
     def reset_reflex(self) -> None:
         """Take commands again, from where the arm is."""
         with self._lock:
             self.reflex, self._last, self._stale = "", None, None
+            self._command += 1
             self._set = self._goal = self.world.positions
             self._left[:] = 0
 
@@ -189,10 +262,10 @@ class Driver:
         if not np.isfinite(targets).all():
             raise self.refusal("values that are not finite")
 
-    def refusal(self, why: str) -> CommandError:
+    def refusal(self, why: str, code: str = "INVALID_GOAL") -> CommandError:
         """To be raised: a command was not taken, and that is counted."""
         self.record.counts["refused"] += 1
-        return CommandError(f"command refused: {why}")
+        return CommandError(f"command refused: {why}", code)
 
     def _before_reset(self, watched: np.ndarray) -> bool:
         if self._stale is None:
@@ -204,7 +277,8 @@ class Driver:
         """Whether the arm's own reflexes stop it, now or before."""
         if self.reflex:
             return True
-        last = self._set[self._watched] if self._last is None or gap is not None else self._last
+        streamed = gap is None and self._path is None  # else a trajectory begins or is left: from where the arm is
+        last = self._last if self._last is not None and streamed else self._set[self._watched]
         step = np.abs(watched - last)
         passed = gap if gap is not None else max(now - self._last_time, self._period)
         speed = step / passed / self._rated[self._watched]

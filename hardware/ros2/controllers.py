@@ -9,11 +9,13 @@ import numpy as np
 
 from hardware.ros2.contract import Quality, message_type
 from hardware.ros2.profile import RosProfile
-from hardware.ros2.runtime import RosClock
+from hardware.ros2.runtime import RosClock, RosError
+from hardware.ros2.trajectories import WATCH, Trajectories, TrajectoryGoals
 from robopolicy.errors import ConfigError
 from sim.driver import CommandError, Driver
 
 TRAJECTORY_TOPIC = "joint_trajectory_controller/joint_trajectory"
+FOLLOW = "follow_joint_trajectory"  # the action, beside the topic
 _QUALITY = Quality(reliable=True, depth=100)  # reliable as the controllers; none is lost while this process is held up
 
 
@@ -35,8 +37,8 @@ class Controllers:
         command, gripper = profile.command, profile.gripper
         if command.type not in ("position", "trajectory"):
             raise ConfigError(f"the virtual arm takes position and trajectory commands, the profile sends {command.type}")
-        names = list(driver.world.names)
-        self._joints, self._columns = command.joints, np.array([names.index(name) for name in command.joints])
+        self._trajectories = Trajectories(driver, command.joints, self._age)
+        self._columns = self._trajectories.columns
 
         def listen(type_: str, topic: str, take: Callable[[Any], None]) -> None:
             node.create_subscription(message_type(type_), topic, lambda message: self._take(take, message), _QUALITY.to_ros())
@@ -45,6 +47,7 @@ class Controllers:
             listen("std_msgs/msg/Float64MultiArray", command.topic, self._stream)
         topic = command.topic if command.type == "trajectory" else TRAJECTORY_TOPIC
         listen("trajectory_msgs/msg/JointTrajectory", topic, self._follow)
+        self._serve(node, f"{topic.rpartition('/')[0]}/{FOLLOW}")
         if gripper is not None and gripper.type == "float64":
             scale, offset = gripper.scale, gripper.offset
             listen("std_msgs/msg/Float64", gripper.topic, lambda message: driver.grip(scale * message.data + offset))
@@ -53,18 +56,22 @@ class Controllers:
         self._driver.stream(self._columns, np.array(message.data))
 
     def _follow(self, message: Any) -> None:
-        """As joint_trajectory_controller: joints by name, all of them; a stamp of 0 is now; the last point stands still."""
-        expected, found = list(self._joints), list(message.joint_names)
-        if sorted(found) != sorted(expected):
-            raise self._driver.refusal(f"trajectory for {', '.join(found) or 'no joints'}; expected {', '.join(expected)}")
-        if any(len(point.positions) != len(found) for point in message.points):
-            raise self._driver.refusal(f"a point of a trajectory has not {len(found)} positions")
-        if message.points and any(abs(v) > 1e-9 for v in message.points[-1].velocities):
-            raise self._driver.refusal("the last point of a trajectory must have no velocity")
-        begin = 0.0 if (made := self._clock.made(message.header.stamp)) is None else made - self._clock.now()
-        times = [begin + point.time_from_start.sec + 1e-9 * point.time_from_start.nanosec for point in message.points]
-        columns = self._columns[[expected.index(name) for name in found]]
-        self._driver.follow(columns, np.array(times), np.array([list(point.positions) for point in message.points]))
+        self._driver.follow(*self._trajectories.read(message))
+
+    def _age(self, stamp: Any) -> float | None:
+        made = self._clock.made(stamp)
+        return None if made is None else self._clock.now() - made
+
+    def _serve(self, node: Any, name: str) -> None:
+        """The action of trajectories, where its messages are installed."""
+        try:
+            action = message_type("control_msgs/action/FollowJointTrajectory")
+        except RosError:
+            self._logger.info(f"{name} is not served: control_msgs is not installed; the topic of trajectories is there")
+            return
+        goals = TrajectoryGoals(self._driver, self._trajectories, action, self._clock.stamp, self._logger.warning)
+        self._server = serve_goals(node, action, name, goals)
+        self._logger.info(f"serves {name}")
 
     def _take(self, take: Callable[[Any], None], message: Any) -> None:
         before = self._driver.reflex
@@ -74,3 +81,31 @@ class Controllers:
             self._logger.warning(str(error), throttle_duration_sec=1.0)
         if self._driver.reflex and not before:
             self._logger.error(f"reflex: {self._driver.reflex}; the arm stands until ~/reset_reflex")
+
+
+def serve_goals(node: Any, action: Any, name: str, goals: TrajectoryGoals) -> Any:
+    """An action server for goals that a timer ends: nothing waits for them.
+
+    rclpy's way is an execute callback that waits. In our one thread it would stop everything else; a coroutine that awaits is
+    polled without rest by EventsExecutor.
+    """
+    from rclpy.action import ActionServer, CancelResponse, GoalResponse
+
+    class Server(ActionServer):
+        def notify_execute(self, goal_handle: Any, execute_callback: Any) -> None:
+            """A goal was accepted, and is called executing; its result is handed over when it has ended."""
+            goals.start(goal_handle, lambda result: ActionServer.notify_execute(self, goal_handle, lambda _: result))
+
+    def asked(request: Any) -> GoalResponse:
+        try:
+            goals.check(request)
+        except CommandError as error:
+            node.get_logger().warning(f"goal rejected, {error.code}: {error}")
+            return GoalResponse.REJECT
+        return GoalResponse.ACCEPT
+
+    def cancelled(handle: Any) -> CancelResponse:
+        return CancelResponse.ACCEPT if goals.cancel(handle) else CancelResponse.REJECT
+
+    node.create_timer(1.0 / WATCH, goals.update)
+    return Server(node, action, name, lambda _: None, goal_callback=asked, cancel_callback=cancelled)
