@@ -23,7 +23,7 @@ from robopolicy.deploy.engine import Engine, InlineEngine
 from robopolicy.deploy.executor import make_executor
 from robopolicy.deploy.home import HomeSource
 from robopolicy.deploy.limits import SafetyLimits
-from robopolicy.deploy.requests import REQUESTS, Ticket
+from robopolicy.deploy.requests import REQUESTS, Ticket, mend
 from robopolicy.deploy.safety import Mode, Reason, SafetyFilter, Stamp
 from robopolicy.deploy.sources import ControlConfig, PolicySource, Source
 from robopolicy.deploy.status import Period
@@ -44,6 +44,7 @@ class Faulty(Point):
         sense: Changes what is measured.
         camera: When its picture came, and was made; None: it has no camera.
         blind: What it observes is no number.
+        stuck: Why what it observes is of no use.
         broken: Methods that raise.
     """
 
@@ -52,6 +53,7 @@ class Faulty(Point):
         self.sense: Callable[[State], State] = lambda state: state
         self.camera: Stamp | None = None
         self.blind = False
+        self.stuck: Reason | None = None
         self.broken: set[str] = set()
 
     def state(self) -> State:
@@ -62,7 +64,7 @@ class Faulty(Point):
         self._check("observe")
         sample = super().observe()
         values = {"pos": np.full(2, np.nan, np.float32)} if self.blind else sample.values
-        return Sample(values, sample.time, {} if self.camera is None else {"camera": self.camera})
+        return Sample(values, sample.time, {} if self.camera is None else {"camera": self.camera}, self.stuck)
 
     def targets(self, action: np.ndarray) -> np.ndarray:
         self._check("targets")
@@ -436,6 +438,54 @@ def test_an_observation_that_is_no_number_holds_and_reaches_no_network() -> None
     cell.robot.blind = True
     cell.run(1.2)
     assert cell.mode == "stopped"
+
+
+def test_an_observation_that_the_robot_calls_unusable_holds_and_then_stops_and_says_why() -> None:
+    """A camera that repeats its picture has new stamps: only the robot has seen it."""
+    cell, stuck = Cell().started(), Reason("stuck", "front", 1.04, 1.0)
+    cell.robot.stuck = stuck
+    asked = len(cell.planner.asked)
+    cell.run(0.1)
+    assert (cell.mode, cell.cause) == ("holding", "stuck front: 1.04, limit 1")
+    cell.run(1.2)
+    assert (cell.mode, cell.cause) == ("stopped", "stuck front: 1.04, limit 1")
+    assert len(cell.planner.asked) <= asked + 1
+    assert cell.ask("start") == (False, "refused: stuck front: 1.04, limit 1")
+    cell.robot.stuck = None
+    assert cell.ask("start")[0]
+
+
+@pytest.mark.parametrize("what", ["state", "camera"])
+def test_no_start_by_a_clock_that_is_ahead_and_no_stop_either(what: str) -> None:
+    cell = Cell()
+    offset = 0.52
+
+    def stamp() -> Stamp:
+        return Stamp(cell.clock.now(), cell.clock.now() + offset)
+
+    def sense() -> None:
+        if what == "state":
+            cell.robot.sense = lambda state: State(state.positions, stamp())
+        else:
+            cell.robot.camera = stamp()
+
+    sense()
+    ok, message = cell.ask("start")
+    assert not ok
+    assert message == f"refused: clock_ahead {what}: 0.52, limit {0.15 if what == 'state' else 0.3:g}"
+    assert "run chrony" in mend(message)
+    assert cell.robot.sent == []
+    if what == "state":
+        assert cell.ask("home")[1] == message
+    offset = 0.1
+    sense()
+    assert cell.ask("start")[0]
+    for k in range(40):
+        offset = 0.1 if k < 10 else 0.52  # while it runs: arrival still tells
+        sense()
+        cell.run(1 / HZ)
+    assert cell.mode == "running"
+    assert cell.safety.counters["clock_skew"] > 0
 
 
 def test_what_ends_inference_stops_the_arm_at_once_and_is_said() -> None:

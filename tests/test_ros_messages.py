@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hardware.ros2 import messages, runtime
-from hardware.ros2.inputs import Decoder, Slot
+from hardware.ros2.inputs import Decoder, Slot, with_origin
 from hardware.ros2.messages import JointReader, Rejected, read_image, read_pose
 from hardware.ros2.profile import Input, Joints
 from hardware.ros2.runtime import Ros, RosClock, RosError
@@ -235,6 +235,48 @@ def test_drivers_without_stamps_are_judged_by_arrival() -> None:
     assert inputs.latest.number == 2
     assert inputs.latest.stamp.made is None
     assert inputs.age(inputs.latest.stamp.came + 0.5) == pytest.approx(0.5)
+
+
+def test_publishers_side_by_side_are_told_from_one_that_takes_over() -> None:
+    inputs = slot()
+
+    def hear(*heard: tuple[bytes, float], joint: str = "ja") -> list[bytes]:
+        for origin, came in heard:
+            inputs.accept(state([joint], [0.0], stamp=CLOCK.stamp(CLOCK.now())), came, origin)
+        return inputs.origins(heard[-1][1])
+
+    assert hear((b"a", 100.0), (b"a", 100.1)) == [b"a"]
+    assert hear((b"other joints", 100.15), joint="jb") == [b"a"]
+    assert hear((b"b", 100.2), (b"b", 100.3)) == [b"b"]  # a driver that was started again
+    assert sorted(hear((b"a", 100.35), (b"b", 100.4))) == [b"a", b"b"]
+    assert hear((b"b", 101.3), (b"b", 101.5)) == [b"b"]
+    assert inputs.origins(110.0) == []
+
+
+def test_the_same_to_the_bit_again_and_again_is_told_from_what_moves_by_one() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    noisy = picture.copy()
+    noisy[7, 8, 0] ^= 1
+    given = [picture] * 5 + [noisy] + [noisy.copy() for _ in range(3)]
+    inputs: Slot[Any] = Slot("front", CLOCK, lambda message: message.picture, compared=True)
+    blind: Slot[Any] = Slot("front", CLOCK, lambda message: message.picture)
+    found = []
+    for k, one in enumerate(given):
+        for slot_ in (inputs, blind):
+            slot_.accept(SimpleNamespace(picture=one), 10.0 + k)
+        found.append(inputs.unchanged)
+    assert found == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert blind.unchanged == 0.0
+
+
+@pytest.mark.parametrize("given", [("m", {"publisher_gid": {"data": b"ab"}}), (("m", {"publisher_gid": {"data": b"ab"}}),)])
+def test_whoever_hands_over_a_message_its_origin_is_found(given: tuple[Any, ...]) -> None:
+    seen: list[Any] = []
+    take = with_origin(lambda message, origin: seen.append((message, origin)))
+    take(*given)
+    take("of a bag")
+    take("of an old rclpy", {"source_timestamp": 1})
+    assert seen == [("m", b"ab"), ("of a bag", None), ("of an old rclpy", None)]
 
 
 def test_rates_are_of_arrivals() -> None:

@@ -83,7 +83,7 @@ def active(stand: Stand) -> Stand:
 
 @pytest.fixture
 def running(active: Stand) -> Stand:
-    assert active.rig.call("start") == (True, "policy begins")
+    active.ros.until(lambda: active.rig.call("start") == (True, "policy begins"), what="a start")  # states may be late
     active.ros.until(lambda: len(active.driver.commands) > 20, what="commands")
     return active
 
@@ -262,6 +262,46 @@ def test_a_second_master_on_the_command_topic_is_refused(active: Stand) -> None:
     assert active.rig.call("start")[0]
 
 
+def test_a_second_master_that_comes_while_the_arm_moves_stops_it(running: Stand) -> None:
+    other = running.ros.node.create_publisher(Float64MultiArray, PROFILE.command.topic, COMMAND.to_ros())
+    cause = running.rig.mode("stopped")["cause"]
+    assert cause.startswith("2 nodes publish on '/forward_position_controller/commands': ")
+    assert f"{NAME}_io" in cause
+    assert running.ros.node.get_name() in cause
+    running.still()
+    running.ros.node.destroy_publisher(other)
+    running.ros.until(lambda: not running.rig.node.robot.rivals(), what="its end")  # type: ignore[union-attr]
+    running.ros.spin(0.5)
+    assert running.rig.told[-1]["mode"] == "stopped"  # a person starts it again
+
+
+def test_joint_states_of_ours_from_a_second_node_stop_the_arm_and_those_of_others_do_not(running: Stand) -> None:
+    """Grippers publish on joint_states, too."""
+    second = running.ros.node.create_publisher(JointState, "joint_states", SIGNAL.to_ros())
+
+    def publish(names: list[str]) -> None:
+        message = JointState(name=names, position=[0.1] * len(names))
+        message.header.stamp = running.ros.node.get_clock().now().to_msg()
+        second.publish(message)
+
+    def say(names: list[str], seconds: float) -> None:
+        timer = running.ros.node.create_timer(0.02, lambda: publish(names))
+        running.ros.spin(seconds)
+        running.ros.node.destroy_timer(timer)
+
+    say(["another_gripper"], 1.0)
+    assert running.rig.told[-1]["mode"] == "running"
+    timer = running.ros.node.create_timer(0.02, lambda: publish(list(PROFILE.joint_names)))
+    running.rig.mode("stopped")
+    running.ros.until(lambda: "where our joints are" in running.diagnosis("node").message, what="diagnostics")
+    ok, message = running.rig.call("start")
+    running.ros.node.destroy_timer(timer)
+    running.ros.node.destroy_publisher(second)
+    assert not ok
+    assert message.startswith("2 nodes say on '/joint_states' where our joints are: ")
+    assert "/driver" in message
+
+
 def test_enable_starts_and_stops(active: Stand) -> None:
     assert active.rig.enable(True) == (True, "policy begins")
     active.ros.spin(0.03)
@@ -346,10 +386,29 @@ def test_the_emergency_stop_topic_is_heard_whatever_its_publisher_promises(runni
     for _ in range(3):
         button.publish(Bool(data=True))
     running.rig.mode("estopped")
-    button.publish(Bool(data=False))  # a button that is let go releases nothing
+    ok, message = running.rig.call("reset")
+    assert not ok
+    assert f"{running.ros.node.get_name()} still says pressed on '/estop'" in message
+    for _ in range(3):
+        button.publish(Bool(data=True))
+        button.publish(Bool(data=False))  # a press is heard though its release follows; a button that is let go releases nothing
     running.ros.spin(0.2)
-    running.ros.node.destroy_publisher(button)
     assert running.rig.told[-1]["mode"] == "estopped"
+    running.ros.node.destroy_publisher(button)
+    assert running.rig.call("reset")[0]
+
+
+def test_a_button_that_is_gone_while_pressed_keeps_the_stop(active: Stand) -> None:
+    button = active.ros.node.create_publisher(Bool, "estop", LATCHED.to_ros())
+    active.ros.until(lambda: button.get_subscription_count() >= 1, what="discovery")
+    button.publish(Bool(data=True))
+    active.rig.mode("estopped")
+    active.ros.node.destroy_publisher(button)
+    active.ros.until(lambda: "nobody publishes it any more" in active.rig.call("reset")[1], what="the end of the button")
+    again = active.ros.node.create_publisher(Bool, "estop", LATCHED.to_ros())
+    again.publish(Bool(data=False))
+    active.ros.until(lambda: active.rig.call("reset")[0], what="a release")
+    active.ros.node.destroy_publisher(again)
 
 
 def test_a_reset_alone_moves_nothing_though_the_node_starts_by_itself(stand: Stand) -> None:
@@ -422,6 +481,35 @@ def test_after_an_activation_control_begins_where_the_arm_is(running: Stand) -> 
     assert running.rig.call("start")[0]
     running.ros.until(lambda: len(running.sent()) > 3)
     assert abs(running.sent()[0][0] - 0.4) < 0.005
+
+
+@pytest.fixture
+def watched(stand: Stand) -> Iterator[Stand]:
+    """Active, by a profile in which a cube that lies still without noise is a dead sensor."""
+    profile = stand.folder / "noisy.yaml"
+    profile.write_text("base: virtual\ninputs: {cube: {stuck: 0.3}}\n")
+    assert stand.rig.to("cleanup")
+    assert stand.rig.set(profile=str(profile)) == []
+    stand.driver.noise = 1e-9
+    assert stand.rig.to("configure", "activate")
+    yield stand
+    stand.driver.noise = 0.0
+    assert stand.rig.to("deactivate", "cleanup")
+    assert stand.rig.set(profile="virtual") == []
+
+
+def test_a_sensor_that_says_the_same_for_ever_holds_the_arm(watched: Stand) -> None:
+    """Its stamps are new."""
+    assert watched.rig.call("start") == (True, "policy begins")
+    watched.rig.mode("running")
+    watched.driver.noise = 0.0
+    assert watched.rig.until(lambda told: told["mode"] != "running")["cause"].startswith("stuck cube: ")
+    assert watched.rig.mode("stopped")["cause"].startswith("stuck cube: ")
+    watched.still()
+    ok, message = watched.rig.call("start")
+    assert not ok
+    assert message.startswith("stuck cube: ")
+    assert "restart that sensor" in message
 
 
 # ---- deadman, shadow, swap -----------------------------------------------------------------------------------------------------

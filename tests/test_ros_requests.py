@@ -41,15 +41,20 @@ class Node:
         self.arbiter, self.io, self.refused, self.reports = Arbiter(), self, "", 0
         self.shadowed = False
         self.problems: Callable[[], list[str]] = list
+        self.buttons: dict[bytes, str] = {}  # publishers of the emergency stop
         self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
         self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), rivals=list)
 
     def get_fully_qualified_name(self) -> str:
         return "/node"
 
-    def create_subscription(self, *arguments: Any, **options: Any) -> None: ...
+    def create_subscription(self, *arguments: Any, **options: Any) -> Any:
+        return SimpleNamespace(topic_name="/estop")
 
     create_service = create_subscription
+
+    def get_publishers_info_by_topic(self, topic: str) -> list[Any]:
+        return [SimpleNamespace(node_name=name, node_namespace="/", endpoint_gid=list(gid)) for gid, name in self.buttons.items()]
 
     def refuse(self, what: str) -> None:
         self.refused = what
@@ -73,9 +78,43 @@ def test_an_emergency_stop_that_is_latched_is_asked_for_again(node: Node, reques
     for _ in range(2):
         requests._on_estop(Bool(data=True))
     assert node.arbiter.asked == ["estop", "estop"]
-    requests._on_estop(Bool(data=False))
+    requests._on_estop(Bool(data=False))  # a button that is let go releases nothing
     assert node.arbiter.asked == ["estop", "estop"]
     assert requests.estopped == "topic estop"
+
+
+def test_no_reset_while_the_button_says_pressed(node: Node, requests: Requests) -> None:
+    """Whatever another button says: only its own release, or its end and another's word after it, count."""
+    node.buttons = {b"red": "red", b"blue": "blue"}
+    requests._on_estop(Bool(data=True), b"red")
+    requests._on_estop(Bool(data=False), b"blue")
+    said = "/red still says pressed on '/estop'; release the button there, then reset"
+    assert requests.reset() == (False, said)
+    assert requests.estopped
+    assert "reset" not in node.arbiter.asked
+    requests._on_estop(Bool(data=False), b"red")
+    assert requests.reset() == (True, "done")
+    assert not requests.estopped
+
+
+def test_a_button_that_is_gone_is_still_pressed_until_another_says_false(node: Node, requests: Requests) -> None:
+    requests._on_estop(Bool(data=False), b"before")
+    requests._on_estop(Bool(data=True), b"gone")
+    ok, said = requests.reset()
+    assert not ok
+    assert said.startswith("the last word on '/estop' was pressed, and nobody publishes it any more: start the button's node")
+    node.deployment = None
+    assert not requests.reset()[0]  # also while nothing could move
+    requests._on_estop(Bool(data=False), b"again")
+    assert requests.reset() == (True, "released")
+
+
+def test_where_nobody_knows_who_speaks_the_last_word_counts(node: Node, requests: Requests) -> None:
+    node.buttons = {b"red": "red"}
+    requests._on_estop(Bool(data=True))
+    assert requests.reset()[1].startswith("the last word on '/estop' was pressed: ")
+    requests._on_estop(Bool(data=False))
+    assert requests.reset()[0]
 
 
 def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requests) -> None:

@@ -123,7 +123,9 @@ def test_commands_reach_the_controller_in_its_order_and_the_gripper_on_its_own(b
     assert robot.problems() == robot.rivals() == []
     other = driver.node.create_publisher(message_type("std_msgs/msg/Float64MultiArray"), PROFILE.command.topic, 1)
     until(lambda: robot.rivals(), "a second master on the command topic was not noticed")
-    assert "2 nodes publish on '/forward_position_controller/commands'" in robot.rivals()[0]
+    assert "2 nodes publish on '/forward_position_controller/commands': " in robot.rivals()[0]
+    assert "/driver" in robot.rivals()[0]
+    assert "/robot" in robot.rivals()[0]
     driver.node.destroy_publisher(other)
 
 
@@ -172,6 +174,37 @@ def test_no_episode_begins_while_somebody_else_commands(both: tuple[Driver, RosR
         robot.reset(1)
     assert driver.seeds == []
     robot.node.destroy_publisher(other)
+    driver.arm.destroy_node()
+
+
+def test_a_second_master_of_the_joint_states_is_told_from_somebody_with_other_joints(
+    both: tuple[Driver, RosRobot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, robot = both
+    kind = message_type("sensor_msgs/msg/JointState")
+    publisher = robot.node.create_publisher(kind, PROFILE.state.topic, STATE_OUT.to_ros())
+    until(lambda: len(robot.node.get_publishers_info_by_topic(f"/{PROFILE.state.topic}")) == 2, "it was not discovered")
+
+    def publish(names: list[str], seconds: float = 0.4) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            publisher.publish(messages.joint_state(names, np.zeros(len(names)), np.zeros(len(names)), driver.clock.stamp()))
+            time.sleep(0.013)
+
+    publish(["another_gripper"])
+    assert robot.rivals() == robot.doubts() == []
+    publish(list(PROFILE.joint_names))
+    assert len(rivals := robot.rivals()) == 1
+    assert rivals[0].startswith("2 nodes say on '/joint_states' where our joints are: ")
+    assert {"/driver", "/robot"} <= set(rivals[0].split(": ")[1].split(";")[0].split(" and "))
+    with pytest.raises(RosError, match="where our joints are"):
+        robot.reset(1)
+    until(lambda: robot.rivals() == [], "one that is silent is no master")
+    monkeypatch.setattr(robot.slots["state"], "_hear", lambda *heard: None)  # a middleware that does not say who sends
+    until(robot.doubts, "nobody knows, and nobody says so")
+    assert robot.rivals() == []
+    assert robot.doubts()[0].startswith("several nodes publish on '/joint_states': ")
+    robot.node.destroy_publisher(publisher)
     driver.arm.destroy_node()
 
 

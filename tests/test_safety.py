@@ -234,6 +234,16 @@ def test_clocks_that_disagree_are_reported_and_do_not_hold() -> None:
     assert kinds(arm_([0.0, 0.0], stamps={"state": Stamp(arm_.now, arm_.now - 0.01)})) == []
 
 
+def test_nothing_starts_while_the_measured_state_is_stamped_ahead() -> None:
+    """Its age cannot be seen: a frozen driver would seem fresh for as long as its clock is ahead."""
+    arm_ = Arm()
+    arm_.filter.stop()
+    refused = arm_.filter.start(arm_.out, Stamp(arm_.now, arm_.now + 0.52), arm_.now)
+    assert [(r.kind, r.what) for r in refused] == [("clock_ahead", "state")]
+    assert refused[0].found == pytest.approx(0.52)
+    assert arm_.filter.start(arm_.out, Stamp(arm_.now, arm_.now + 0.1), arm_.now) == ()
+
+
 def test_without_the_deadman_the_arm_stands() -> None:
     arm_ = Arm(freshness={"deadman": 0.25})
     assert kinds(arm_([0.1, 0.0])) == ["deadman"]

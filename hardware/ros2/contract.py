@@ -118,7 +118,7 @@ def robot_topics(profile: RosProfile, inputs: Iterable[str] | None = None) -> tu
 
 # Of the policy node, beside the robot's; `~` is the node's own name.
 NODE_TOPICS = (
-    Topic("estop", ESTOP, "std_msgs/msg/Bool", "in", SIGNAL, "true: emergency stop, latched in the arbiter; false does nothing"),
+    Topic("estop", ESTOP, "std_msgs/msg/Bool", "in", SIGNAL, "true: emergency stop, latched; false lifts nothing, see ~/reset"),
     Topic("deadman", DEADMAN, "std_msgs/msg/Bool", "in", SENSOR, "pressed; needed several times a second with deadman:=true"),
     Topic("node_state", "~/state", "std_msgs/msg/String", "out", LATCHED, "mode, source and cause, on change"),
     Topic("commanded", "~/commanded", _JOINT_STATE, "out", SIGNAL, "what was wanted, before the safety filter"),

@@ -56,10 +56,10 @@ class Health(NamedTuple):
     values: Mapping[str, str]
 
 
-def node(lifecycle: str, refused: str, rivals: Sequence[str], facts: Mapping[str, Any]) -> Health:
-    """``refused``: why the last transition or request was, empty when it was not. ``rivals``: see :meth:`RosRobot.rivals`."""
-    level = Level.ERROR if rivals else Level.WARN if refused else Level.OK
-    message = "; ".join([*rivals, *([refused] if refused else [])])
+def node(lifecycle: str, refused: str, rivals: Sequence[str], doubts: Sequence[str], facts: Mapping[str, Any]) -> Health:
+    """``refused``: why the last transition or request was, empty when it was not. ``rivals``, ``doubts``: of RosRobot."""
+    level = Level.ERROR if rivals else Level.WARN if refused or doubts else Level.OK
+    message = "; ".join([*rivals, *([refused] if refused else []), *doubts])
     return Health("node", level, f"{lifecycle}: {message}" if message else lifecycle, _texts({"refused": refused, **facts}))
 
 
@@ -162,7 +162,8 @@ class Reporter:
         status = None if arbiter is None else arbiter.status
         config = parameters.read(self._node)
         facts = {"checkpoint": config.checkpoint, "profile": config.profile, "drives": config.mode, "estopped": estopped}
-        entries = [node(lifecycle, refused, [] if robot is None else robot.rivals(), facts)]
+        rivals, doubts = ([], []) if robot is None else (robot.rivals(), robot.doubts())
+        entries = [node(lifecycle, refused, rivals, doubts, facts)]
         if status is not None and deployment is not None and robot is not None:
             slots = [(name, slot.rejected.copy()) for name, slot in robot.slots.items()]  # it may grow meanwhile
             rejected = {f"{name}: {kind}": count for name, counts in slots for kind, count in counts.items()}

@@ -6,10 +6,13 @@ What the slot holds then grows old, and the safety filter holds the arm as it do
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
 
 from hardware.ros2.messages import Rejected
 from hardware.ros2.runtime import RosClock
@@ -17,6 +20,7 @@ from robopolicy.deploy.safety import Stamp
 
 _CLOCK_SET = 1_000_000_000  # [ns]: stamps that go back farther were not overtaken on the way, the source's clock was set
 _RATE_OF = 50  # messages
+_BESIDE = 1.0  # [s] since which a publisher is not heard any more
 
 T = TypeVar("T")
 
@@ -42,6 +46,7 @@ class Slot(Generic[T]):
         name: Of the input, for messages.
         clock: Of the stamps.
         read: Message to value; raises Rejected.
+        compared: Values are arrays, and :attr:`unchanged` looks at them: 1.4 us for a pose, 80 us for a picture of 640x480.
 
     Attributes:
         latest: None until one came.
@@ -50,26 +55,30 @@ class Slot(Generic[T]):
         last_rejection: Why the last one was, for people.
     """
 
-    def __init__(self, name: str, clock: RosClock, read: Callable[[Any], T]) -> None:
-        self.name, self._clock, self._read = name, clock, read
+    def __init__(self, name: str, clock: RosClock, read: Callable[[Any], T], *, compared: bool = False) -> None:
+        self.name, self._clock, self._read, self._compared = name, clock, read, compared
         self.latest: Latest[T] | None = None
+        self._changed = 0.0  # when the first message came that holds what the newest holds
+        self._heard: dict[bytes, tuple[float, float]] = {}  # publisher: since when it is heard, and until when
         self.rejected: Counter[str] = Counter()
         self.last_rejection = ""
         self._newest: int | None = None  # stamp [ns]
         self._arrivals: deque[float] = deque(maxlen=_RATE_OF)
 
-    def take(self, message: Any) -> None:
-        """A message came: the subscription's callback."""
-        self.accept(message, self._clock.now())
+    def take(self, message: Any, origin: bytes | None = None) -> None:
+        """A message came: the subscription's callback, see :func:`with_origin`."""
+        self.accept(message, self._clock.now(), origin)
 
-    def accept(self, message: Any, came: float) -> None:
+    def accept(self, message: Any, came: float, origin: bytes | None = None) -> None:
         """The same for one that came at ``came``."""
         header = getattr(message, "header", None)
         made = None if header is None else self._clock.made(header.stamp)
         nanoseconds = None if header is None or made is None else header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
         try:
-            self._in_order(nanoseconds)
             value = self._read(message)
+            if origin is not None:  # of what is ours: others may use the topic for joints that are not
+                self._hear(origin, came)
+            self._in_order(nanoseconds)
         except Rejected as error:
             self.rejected[error.kind] += 1
             self.last_rejection = str(error)
@@ -77,6 +86,8 @@ class Slot(Generic[T]):
         self._newest = nanoseconds
         self._arrivals.append(came)
         before = self.latest
+        if before is None or not self._compared or not np.array_equal(value, before.value):  # type: ignore[arg-type]
+            self._changed = came
         self.latest = Latest(value, Stamp(came, made), 1 if before is None else before.number + 1)
 
     def _in_order(self, stamp: int | None) -> None:
@@ -98,11 +109,42 @@ class Slot(Generic[T]):
         return now - (stamp.came if stamp.made is None else min(stamp.came, stamp.made))
 
     @property
+    def unchanged(self) -> float:
+        """For how long the same value has come again and again, to the bit [s]; 0 where values are not compared."""
+        return 0.0 if self.latest is None else max(0.0, self.latest.stamp.came - self._changed)
+
+    def origins(self, now: float) -> list[bytes]:
+        """Publishers whose good messages come side by side; one that took over from another stands alone."""
+        heard = [(origin, first, last) for origin, (first, last) in list(self._heard.items()) if now - last <= _BESIDE]
+        newest = max((first for _, first, _ in heard), default=0.0)
+        return [origin for origin, _, last in heard if last >= newest]
+
+    def _hear(self, origin: bytes, came: float) -> None:
+        first, last = self._heard.get(origin, (came, came))
+        self._heard[origin] = first if came - last <= _BESIDE else came, came
+
+    @property
     def rate(self) -> float:
         """Of the last messages [Hz]; 0 when there were fewer than two."""
         arrivals = tuple(self._arrivals)
         span = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else 0.0
         return (len(arrivals) - 1) / span if span > 0 else 0.0
+
+
+def with_origin(callback: Callable[[Any, bytes | None], None]) -> Callable[..., None]:
+    """For a subscription: ``callback(message, origin)``, by the publisher's gid as discovery has it; None: nobody says.
+
+    rclpy asks a callback's signature whether it wants a message's info, which has the gid. It should then hand over two
+    arguments; the EventsExecutor of the wheels hands over one, a tuple of both, and older ones know no gid.
+    """
+
+    def take(*given: Any) -> None:
+        message, info = given[0] if isinstance(given[0], tuple) else given if len(given) == 2 else (given[0], None)
+        gid = info.get("publisher_gid") if isinstance(info, Mapping) else None
+        callback(message, None if gid is None else bytes(gid["data"]))
+
+    take.__signature__ = inspect.signature(lambda message, info: None)  # type: ignore[attr-defined]
+    return take
 
 
 class Decoder:

@@ -248,10 +248,20 @@ class PolicyNode(LifecycleNode):
         if self.deployment is not None and (fault := self.deployment.fault) is not None and fault is not self._fault:
             self._fault = fault  # said once, at once: nobody may be asking for plans
             self.refuse(f"{fault}; deactivate, cleanup and configure begin another")
+        self._watch_rivals()
         self._followed = self._commanded.get_subscription_count() > 0
         if time.monotonic() >= self._next_try:
             self._autostart()
         self.report()
+
+    def _watch_rivals(self) -> None:
+        """A second master that comes while the arm moves stops it: graph and slots are looked at here, not in control."""
+        arbiter = None if self.deployment is None else self.deployment.arbiter
+        if arbiter is None or self.robot is None or not arbiter.commanded:
+            return
+        if rivals := self.robot.rivals():
+            self.get_logger().error(rivals[0])
+            self.requests.halt("stop", rivals[0])
 
     def report(self) -> None:
         """~/state and diagnostics, now: whoever was answered finds them up to date."""

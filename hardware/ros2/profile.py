@@ -146,6 +146,8 @@ class Input(Config):
         size: Height and width of what comes [px]: other images are refused. None: any.
         resize: Height and width of what is handed on [px], by area; None: as it came.
         frame: Of poses: others are refused. None: any.
+        stuck: Whose content is the same to the bit for longer [s] is a dead sensor, however new its stamps: the arm holds. Real
+            sensors have noise. None: where nothing has, in simulation, and for poses that somebody made up.
     """
 
     type: Literal["image", "compressed", "pose"]
@@ -154,6 +156,7 @@ class Input(Config):
     size: tuple[int, int] | None = None
     resize: tuple[int, int] | None = None
     frame: str | None = None
+    stuck: float | None = pydantic.Field(default=1.0, gt=0)
 
 
 class Reset(Config):

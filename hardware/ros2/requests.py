@@ -17,16 +17,15 @@ from std_msgs.msg import Bool
 from std_srvs.srv import SetBool, Trigger
 
 from hardware.ros2.contract import DEADMAN, ESTOP, LATCHED, SENSOR, SIGNAL
+from hardware.ros2.inputs import with_origin
+from robopolicy.deploy.requests import mend
 
 if TYPE_CHECKING:
     from hardware.ros2.policy_node import PolicyNode
     from robopolicy.deploy.arbiter import Arbiter
     from robopolicy.deploy.requests import Ticket
 
-_MENDS = {  # of refused starts
-    "start_moved": "if somebody moved the arm on purpose: reset first, then start",
-    "start_unfamiliar": "no demonstration began like this: put the arm or the object back, or go home",
-}
+_PRESSES = 10  # messages of the emergency stop that may wait: a press is heard though its release follows at once
 Said = tuple[bool, str]  # whether it was done, and what there is to say
 
 
@@ -44,10 +43,12 @@ class Requests:
     def __init__(self, node: PolicyNode) -> None:
         self._node, self.estopped, self.acts = node, "", 0
         self._lock = threading.Lock()  # autostart asks from the main thread
+        self._said: dict[bytes | None, bool] = {}  # pressed? by publisher of the emergency stop, the last that spoke last
         io, me = node.io, node.get_fully_qualified_name()
         silent = SubscriptionEventCallbacks(use_default_callbacks=False)  # that one of the three does not match says nothing
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises
-            io.create_subscription(Bool, ESTOP, self._on_estop, quality.to_ros(), event_callbacks=silent)
+            deep, hear = quality._replace(depth=_PRESSES).to_ros(), with_origin(self._on_estop)
+            self._button = io.create_subscription(Bool, ESTOP, hear, deep, event_callbacks=silent)
         io.create_subscription(Bool, DEADMAN, self._on_deadman, SENSOR.to_ros())
         for name, act in (("start", self.start), ("home", self.home), ("reset", self.reset)):
             io.create_service(Trigger, f"{me}/{name}", functools.partial(self._on_trigger, name, act))
@@ -81,21 +82,42 @@ class Requests:
             with self._lock:
                 self.acts += 1
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
-        mend = "" if ok else next((f"; {mend}" for kind, mend in _MENDS.items() if kind in message), "")
-        return ok, message.removeprefix("refused: ") + shadow + mend
+        return ok, message.removeprefix("refused: ") + shadow + ("" if ok else mend(message))
 
     def home(self) -> Said:
         return self.start("home")
 
     def reset(self) -> Said:
+        if pressed := self._pressed():
+            return False, pressed
         ok, message = True, "released"
         if (arbiter := self._arbiter()) is not None:
             ok, message = arbiter.request("reset").wait()
         if ok:
             self.estopped = ""
+            self._said.clear()
         return ok, message
 
-    def _halt(self, name: str, why: str) -> Ticket | None:
+    def _pressed(self) -> str:
+        """Which button still says pressed; empty: none. One that is gone is released by what another says after it."""
+        if not any(self._said.values()):
+            return ""
+        topic = self._button.topic_name
+        there = {bytes(info.endpoint_gid): info for info in self._node.io.get_publishers_info_by_topic(topic)}
+        released = False
+        for origin, pressed in reversed(self._said.items()):
+            if not pressed:
+                released = True
+            elif origin in there:
+                info = there[origin]
+                name = f"{info.node_namespace.rstrip('/')}/{info.node_name}"
+                return f"{name} still says pressed on '{topic}'; release the button there, then reset"
+            elif not released:
+                what = f"the last word on '{topic}' was pressed" + ("" if there else ", and nobody publishes it any more")
+                return f"{what}: start the button's node and release it; then, or once somebody publishes false there, reset"
+        return ""
+
+    def halt(self, name: str, why: str) -> Ticket | None:
         """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
         with self._lock:
             self.acts += 1
@@ -117,7 +139,7 @@ class Requests:
         return response
 
     def _on_halt(self, name: str, request: Any, response: Any, why: str = "asked") -> Any:
-        ticket = self._halt(name, why)
+        ticket = self.halt(name, why)
         nothing = True, f"the node is {self._node.lifecycle}: nothing moves"
         response.success, response.message = nothing if ticket is None else ticket.wait()
         return response
@@ -127,9 +149,13 @@ class Requests:
             return self._on_trigger("enable", self.start, request, response)
         return self._on_halt("stop", request, response, "disabled")
 
-    def _on_estop(self, message: Bool) -> None:
+    def _on_estop(self, message: Bool, origin: bytes | None = None) -> None:
         if message.data:  # again, too: a reset may be on its way
-            self._halt("estop", f"topic {ESTOP}")
+            self.halt("estop", f"topic {ESTOP}")
+        else:  # one release tells as much as many
+            self._said = {one: pressed for one, pressed in self._said.items() if pressed}
+        self._said.pop(origin, None)
+        self._said[origin] = bool(message.data)
 
     def _on_deadman(self, message: Bool) -> None:
         if (arbiter := self._arbiter()) is not None:

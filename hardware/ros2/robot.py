@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from hardware.ros2.contract import Topic, message_type, robot_topics
-from hardware.ros2.inputs import Decoder, Latest, Slot
+from hardware.ros2.inputs import Decoder, Latest, Slot, with_origin
 from hardware.ros2.joints import make_model, near
 from hardware.ros2.kinematics import DHKinematics
 from hardware.ros2.messages import JointReader, read_image, read_pose
@@ -20,11 +20,12 @@ from hardware.ros2.outputs import Outputs, Send
 from hardware.ros2.profile import POSE, RosProfile
 from hardware.ros2.runtime import RosClock, RosError
 from hardware.ros2.services import ANSWER, TRIGGER, call, set_parameter
-from robopolicy.deploy.safety import Stamp
+from robopolicy.deploy.safety import Reason, Stamp
 from robopolicy.robot import Measured, RobotModel, Sample, State
 
 READY = 20.0  # [s]: for a driver and its topics to be found
 _POLL = 0.01  # [s]
+_MEASURED = ("state", "gripper_state")  # keys of topics
 _NEVER = Stamp(-math.inf)  # older than any limit
 
 
@@ -43,6 +44,8 @@ class RosRobot:
 
     Attributes:
         limits: Of the safety filter, the profile's.
+        resets: Whether :meth:`reset` brings it to where an episode begins; if not, it is brought ``home`` by who commands it.
+        home: Where that is ``[n]``; None: there is no such place.
         slots: ``state``, ``gripper_state`` and every input by name: their values, ages, rates and refusals.
     """
 
@@ -51,6 +54,7 @@ class RosRobot:
     ) -> None:
         self.profile, self.node, self.clock = profile, node, clock
         self.limits = profile.safety
+        self.resets, self.home = profile.reset is not None, profile.home_positions
         self.model = make_model(profile) if model is None else model
         self.names, self.kinematics = self.model.names, self.model.kinematics
         self.observation_features, self.action_feature = self.model.observation_features, self.model.action_feature
@@ -106,7 +110,7 @@ class RosRobot:
         measured = Measured(state.positions, self._velocities(), inputs)
         # The rows of the plan count from when the world looked like this: the oldest of what was seen.
         times = [stamp.came if stamp.made is None else min(stamp.came, stamp.made) for stamp in (state.stamp, *stamps.values())]
-        return Sample(self.model.observe(measured), min(times), stamps)
+        return Sample(self.model.observe(measured), min(times), stamps, self._stuck())
 
     def targets(self, action: np.ndarray) -> np.ndarray:
         return self.model.targets(action)
@@ -121,7 +125,7 @@ class RosRobot:
             self._outputs.stop()
 
     def reset(self, seed: int | None = None) -> None:
-        """Begin an episode: by the simulator's service where the profile has one. A real arm is brought home by who commands it.
+        """Begin an episode: by the simulator's service where the profile has one. Else nothing moves, see :attr:`resets`.
 
         Raises:
             RosError: Somebody else commands the arm, too; a service does not answer or refuses, or no message comes after it.
@@ -174,11 +178,34 @@ class RosRobot:
         return found
 
     def rivals(self) -> list[str]:
-        """Command topics that somebody else publishes on, too: two masters make an arm jump between them."""
+        """Second masters: somebody else who commands, or measures our joints, too. An arm would jump between the two.
+
+        4 us a topic where all is well; 80 us where it is not. Others may use the topic of joint states for joints of their own.
+        """
+        found = []
+        for key in self._publishers:
+            path = self._paths[key]
+            if (count := self.node.count_publishers(path)) > 1:
+                who = _named(self.node.get_publishers_info_by_topic(path))
+                found.append(f"{count} nodes publish on '{path}': {who}; two masters make an arm jump, end the others")
+        for key in filter(self.slots.__contains__, _MEASURED):
+            path, origins = self._paths[key], self.slots[key].origins(self.clock.now())
+            if len(origins) > 1:
+                there = self.node.get_publishers_info_by_topic(path)
+                ours = [info for info in there if bytes(info.endpoint_gid) in origins]
+                if len(ours) != 1:  # the others have ended
+                    found.append(f"{len(origins)} nodes say on '{path}' where our joints are: {_named(ours or there)}; keep one")
+        return found
+
+    def doubts(self) -> list[str]:
+        """Topics with several publishers of which the middleware does not tell whose messages hold our joints."""
+        now = self.clock.now()
+        slots = [(self._paths[key], self.slots[key]) for key in _MEASURED if key in self.slots]
         return [
-            f"{self.node.count_publishers(self._paths[key])} nodes publish on '{self._paths[key]}'; end the others"
-            for key in self._publishers
-            if self.node.count_publishers(self._paths[key]) > 1
+            f"several nodes publish on '{path}': {_named(infos)}; only one may say where our joints are"
+            for path, slot in slots
+            if slot.age(now) <= self.limits.freshness.state and not slot.origins(now)
+            if len(infos := self.node.get_publishers_info_by_topic(path)) > 1
         ]
 
     def close(self) -> None:
@@ -251,9 +278,11 @@ class RosRobot:
             callback: Send = self._told
         else:
             name = topic.key.removeprefix("input.")
-            slot = self.slots[name] = Slot(name, self.clock, self._reader(topic.key, name))
-            callback = slot.take
-            if name in self.profile.inputs and self.profile.inputs[name].type != "pose":
+            source = None if topic.key in _MEASURED else self.profile.inputs[name]
+            compared = source is not None and source.stuck is not None
+            slot = self.slots[name] = Slot(name, self.clock, self._reader(topic.key, name), compared=compared)
+            callback = slot.take if source is not None else with_origin(slot.take)
+            if source is not None and source.type != "pose":
                 self._decoder = self._decoder or Decoder(self.clock)
                 callback = self._decoder.callback(slot)
         made = self.node.create_subscription(message_type(topic.type), topic.name, callback, topic.quality.to_ros())
@@ -275,6 +304,14 @@ class RosRobot:
         if source.type == "pose":
             return lambda message: read_pose(message, source.frame)
         return lambda message: read_image(message, source)
+
+    def _stuck(self) -> Reason | None:
+        """The first input whose content is the same for too long."""
+        for name in self.model.inputs:
+            limit = self.profile.inputs[name].stuck
+            if limit is not None and self.slots[name].unchanged > limit:
+                return Reason("stuck", name, self.slots[name].unchanged, limit)
+        return None
 
     def _keep(self, thing: Any, undo: Callable[[Any], Any]) -> None:
         self._made.append((undo, thing))
@@ -316,3 +353,8 @@ class RosRobot:
 
 def _moment(stamp: Stamp) -> float:
     return stamp.came if stamp.made is None else stamp.made
+
+
+def _named(infos: Iterable[Any]) -> str:
+    """Full names of the nodes behind publishers."""
+    return " and ".join(f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in infos)

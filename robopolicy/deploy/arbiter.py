@@ -109,6 +109,11 @@ class Arbiter:
         return ticket
 
     @property
+    def commanded(self) -> bool:
+        """Whether anybody but ``idle`` commands."""
+        return self._source is not self._idle
+
+    @property
     def status(self) -> Status:
         """What is going on. Computed by the caller's thread; costs control nothing."""
         period, limits = self._last, self.safety.limits
@@ -283,8 +288,7 @@ class Arbiter:
             if gone := [reason for reason in reasons if reason.kind == "deadman"]:
                 self.rest(str(gone[0]))
         elif self._source is not self._idle and not self._starting:  # the filter has stopped it
-            cause = str(self.safety.cause)
-            self.rest(cause)
+            self.rest(str(target.why or self.safety.cause))
 
     def _send(self, executed: np.ndarray | None) -> None:
         if executed is not None and not self.shadow:

@@ -6,7 +6,18 @@ import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+_MENDS = {  # of refused starts, by what they say
+    "start_moved": "if somebody moved the arm on purpose: reset first, then start",
+    "start_unfamiliar": "no demonstration began like this: put the arm or the object back, or go home",
+    "clock_ahead": "the sender's clock is ahead by so many seconds, so nobody sees how old its messages are: run chrony on both",
+    "stuck": "the same to the bit for so many seconds: restart that sensor; if it has no noise, `stuck: null` in the profile",
+}
 REQUESTS = ("idle", "start", "stop", "home", "estop", "reset", "deadman")
+
+
+def mend(refusal: str) -> str:
+    """What to do about a refused start, to be put behind it; empty where the refusal says so itself."""
+    return next((f"; {what}" for kind, what in _MENDS.items() if kind in refusal), "")
 
 
 class Answer(NamedTuple):

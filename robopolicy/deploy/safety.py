@@ -63,6 +63,12 @@ class Reason(NamedTuple):
         return text if math.isnan(self.limit) else f"{text}: {self.found:.4g}, limit {self.limit:.4g}"
 
 
+def ahead(name: str, stamp: Stamp, limit: float) -> Reason | None:
+    """Made so long after it came that a message as old as ``limit`` would seem new: nothing may start on such a clock."""
+    early = -math.inf if stamp.made is None else stamp.made - stamp.came
+    return Reason("clock_ahead", name, early, limit) if early > limit else None
+
+
 class Result(NamedTuple):
     """What came of one call.
 
@@ -147,6 +153,8 @@ class SafetyFilter:
             return (Reason("state_not_finite", self._first_bad(state)),)
         if not (age := self._age(now, stamp)) <= self.limits.freshness.state:  # the arm may be elsewhere by now
             return (Reason("stale", "state", age, self.limits.freshness.state),)
+        if early := ahead("state", stamp, self.limits.freshness.state):
+            return (early,)
         seat = reseat or not self._seated
         if seat and not self._motion.still():
             return (Reason("start_moving", "the set point still decelerates"),)

@@ -27,7 +27,7 @@ from robopolicy.deploy.executor import Executor
 from robopolicy.deploy.interpolate import InterpolationConfig, Interpolator
 from robopolicy.deploy.latency import percentiles
 from robopolicy.deploy.limits import SafetyLimits
-from robopolicy.deploy.safety import Reason, Stamp
+from robopolicy.deploy.safety import Reason, Stamp, ahead
 from robopolicy.errors import ConfigError, EvaluationError
 from robopolicy.robot import Robot, Sample, State
 
@@ -299,17 +299,19 @@ class PolicySource:
 
     def _see(self, sample: Sample, first: bool = False) -> None:
         self._stamps = sample.stamps
-        self._unusable = _not_finite(sample.values)
+        self._unusable = _not_finite(sample.values) or sample.unusable
         if self._unusable is None:
             now = dict(sample.values)
             self._history = [now] * self.config.n_obs_steps if first else [*self._history[1:], now]
 
     def _too_old(self, now: float) -> tuple[Reason, ...]:
-        """Which inputs are: the arm would not stay under way."""
+        """Which inputs are: the arm would not stay under way. And those of which nobody knows, see :func:`ahead`."""
         fresh = self.limits.freshness
         found = dict.fromkeys(fresh.inputs, np.inf) | {name: age(now, stamp) for name, stamp in self._stamps.items()}
         limits = {name: fresh.inputs.get(name, fresh.default) for name in found}
-        return tuple(Reason("stale", name, old, limits[name]) for name, old in found.items() if not old <= limits[name])
+        stale = [Reason("stale", name, old, limits[name]) for name, old in found.items() if not old <= limits[name]]
+        early = [ahead(name, stamp, limits[name]) for name, stamp in self._stamps.items()]
+        return (*stale, *(reason for reason in early if reason is not None))
 
     def _ask(self, sample: Sample) -> None:
         self.engine.post(self._stacked(), sample.time, self.executor.remaining(sample.time))
