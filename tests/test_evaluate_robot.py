@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
-from rig import save_policy
+from rig import HOME, save_policy
 from ros import Sandbox
 
 from robopolicy import cli
 from robopolicy.errors import ConfigError, EvaluationError, TaskError
 from robopolicy.evaluate.record import load_evaluation
 from robopolicy.evaluate.robot import OnRobot, evaluate_on_robot, find_robot
+from robopolicy.robot import Sample
 from robopolicy.task import TaskSpec
 from sim.arm.robot import SimArm
 
@@ -53,6 +55,54 @@ class Blind(SimArm):
         raise AssertionError("it was moved")
 
 
+class Real(SimArm):
+    """An arm that is where it was left, though on a fake clock.
+
+    Attributes:
+        made: Those of this test.
+    """
+
+    resets, home = False, HOME
+    made: ClassVar[list["Real"]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        super().reset(0)
+        self.begun: list[np.ndarray] = []  # where episodes began
+        self.sent: list[np.ndarray] = []
+        self.made.append(self)
+
+    def reset(self, seed: int | None = None) -> None:
+        self.begun.append(self.state().positions)
+
+    def command(self, positions: np.ndarray) -> None:
+        self.sent.append(positions.copy())
+        super().command(positions)
+
+
+class Homeless(Real):
+    """Nobody knows where its episodes begin."""
+
+    home = None  # type: ignore[assignment]
+
+
+class Blocked(Real):
+    """Something is in its way."""
+
+    def command(self, positions: np.ndarray) -> None:
+        self.sent.append(positions.copy())
+
+
+class Elsewhere(Real):
+    """The cube is where no demonstration began; the guard is for arms on the machine's clock."""
+
+    follows_clock = False
+
+    def observe(self) -> Sample:
+        sample = super().observe()
+        return sample._replace(values={**sample.values, "cube_pos": sample.values["cube_pos"] + 5.0})
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
@@ -90,6 +140,29 @@ def test_episodes_end_with_success(policy: Any) -> None:
     first, second = (e.length for e in done.evaluation.episodes)
     assert first <= 9 < second == 10
     assert done.lines()[0].startswith("success          1/2")
+
+
+def test_an_arm_that_does_not_reset_itself_goes_home_before_each_episode(policy: Any) -> None:
+    Real.made.clear()
+    done = on(policy, "test_evaluate_robot:Real", seconds=1.0)
+    assert [e.length for e in done.evaluation.episodes] == [20, 20]
+    (robot,) = Real.made
+    looked, first, left, second = robot.begun  # before it goes home, and there
+    assert np.abs(looked - left).max() > 0.03, "the first episode has moved it"
+    for at in (first, second):
+        assert np.abs(at - Real.home)[:7].max() < 0.02
+    assert np.abs(np.diff(robot.sent, axis=0)).max() * 250 < 3.0, "no jump"
+
+
+def test_where_no_episode_may_begin_nothing_moves_and_the_reason_is_one_line(policy: Any) -> None:
+    with pytest.raises(EvaluationError, match=r"Homeless' does not begin episodes by itself.*give its profile"):
+        on(policy, "test_evaluate_robot:Homeless")
+    with pytest.raises(EvaluationError, match=r"seed 200000 cannot begin, the arm did not get home: (home_lag|tracking)"):
+        on(policy, "test_evaluate_robot:Blocked")
+    Real.made.clear()
+    with pytest.raises(EvaluationError, match=r"never trained from here: start_unfamiliar cube_pos.*; no demonstration"):
+        on(policy, "test_evaluate_robot:Elsewhere")
+    assert np.abs(Real.made[0].sent[-1] - HOME)[:7].max() < 0.02, "it stays at home"
 
 
 def test_what_does_not_fit_is_said_before_anything_moves(policy: Any) -> None:

@@ -3,10 +3,14 @@
 A robot is named by a short name that some installed package registered under the entry point group ``robopolicy.robots``, or by
 the dotted path of what makes it, ``package.module:make``, called as ``make(task name, clock, **arguments)``. One that follows any
 clock, as the simulated arm does, is run on a fake one: faster than time, and the same figures each time.
+
+A real arm says ``resets = False``: its ``reset`` moves nothing. Before each episode it is brought to its ``home``, slowly and
+through the safety filter; then, at a terminal, who puts the objects back is waited for.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +22,19 @@ import torch
 from tqdm import tqdm
 
 from robopolicy.config import import_class
-from robopolicy.deploy.clock import Clock, FakeClock, SystemClock
+from robopolicy.deploy.arbiter import Arbiter
+from robopolicy.deploy.clock import Clock, FakeClock, SystemClock, Ticker
 from robopolicy.deploy.control import ControlConfig, ControlLoop
 from robopolicy.deploy.engine import Engine, InlineEngine
 from robopolicy.deploy.executor import make_executor
 from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+from robopolicy.deploy.guard import StartGuard
+from robopolicy.deploy.home import HomeSource
 from robopolicy.deploy.interpolate import InterpolationConfig
 from robopolicy.deploy.limits import SafetyLimits, load_limits
 from robopolicy.deploy.planner import make_planner
-from robopolicy.deploy.safety import Mode, SafetyFilter
+from robopolicy.deploy.requests import mend
+from robopolicy.deploy.safety import Mode, Reason, SafetyFilter
 from robopolicy.errors import ConfigError, EvaluationError
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, check_seeds
 from robopolicy.evaluate.run import Actor, check_fit, noise_generator, record
@@ -96,7 +104,7 @@ def evaluate_on_robot(
     Args:
         policy: A checkpoint's, or an export's.
         spec: The task that it was trained for; the robot is set in it if it is one of simulation.
-        seeds: Of the episodes; real robots begin wherever they are.
+        seeds: Of the episodes; real robots begin at home, whatever the seed.
         robot: See :func:`find_robot`.
         robot_args: Of the robot, beside those of the task.
         limits: Of the safety filter, a preset or a file; None: the robot's own.
@@ -107,7 +115,8 @@ def evaluate_on_robot(
         noise_seed: Seeds the policy's noise together with each episode's seed.
 
     Raises:
-        EvaluationError: Policy and robot do not fit, the robot cannot say what a success is, or an episode cannot begin.
+        EvaluationError: Policy and robot do not fit, the robot cannot say what a success is, or an episode cannot begin: the
+            filter refuses, the arm has no home or does not get there, or it sees what no demonstration began with.
     """
     check_seeds(seeds)
     seconds = _seconds(spec) if seconds is None else seconds
@@ -127,14 +136,16 @@ def evaluate_on_robot(
         if getattr(made, "success", None) is None:
             raise EvaluationError(f"robot '{robot}' cannot say when an episode succeeded; its profile needs a 'success' topic")
         loop = _loop(policy, made, clock, generator, limits, planner, executor, replan, delay)
+        begin = _Begin(loop, made, robot, None if fake else StartGuard.of(policy))  # type: ignore[arg-type]  # no other has a loop
         try:
             if not fake:  # warming inference up takes the machine for a second, and the robot's messages wait: not in an episode
                 loop.reset(seeds[0])
             for seed in tqdm(seeds, desc=f"evaluate {name}", unit="episode", disable=not progress):
                 generator.set_state(noise_generator(noise_seed, seed).get_state())
+                begin(seed)
                 rollouts.append(_episode(loop, made, seed, seconds))
-                if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED) and (cause := loop.safety.cause) is not None:
-                    stops[f"{cause.kind} {cause.what}".strip()] += 1
+                if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED):
+                    stops[loop.arbiter.status.cause.partition(":")[0]] += 1
             report = loop.report()
         finally:
             loop.close()
@@ -186,9 +197,65 @@ def _loop(
     return ControlLoop(robot, engine, make_executor(executor), safety, clock, config, between)
 
 
+class _Begin:
+    """Brings arm and scene to where an episode begins.
+
+    Args:
+        loop: Of the episodes.
+        robot: Commanded here on its way home, and then by the loop.
+        name: Of the robot, for messages.
+        guard: Judges what is seen first. None: nothing can be harmed, and where no demonstration began is part of the figure.
+
+    Raises:
+        EvaluationError: The robot neither resets itself nor has a home.
+    """
+
+    def __init__(self, loop: ControlLoop, robot: Any, name: str, guard: StartGuard | None) -> None:
+        self._loop, self._robot, self._guard = loop, robot, guard
+        self._home: HomeSource | None = None
+        if not getattr(robot, "resets", True):
+            if robot.home is None:
+                raise EvaluationError(
+                    f"robot '{name}' does not begin episodes by itself and has no home to begin them from; give its profile a "
+                    "'home', or a 'reset' service if it is simulated"
+                )
+            self._home = HomeSource(robot.home, loop.safety.limits)
+
+    def __call__(self, seed: int) -> None:
+        """Raises EvaluationError where the episode must not begin. Then nothing moves."""
+        if self._home is not None:
+            self._robot.reset(seed)  # moves nothing: it looks whether somebody else commands, and waits for messages
+            self._go(self._home, seed)
+            if sys.stdin.isatty():
+                input(
+                    f"The arm is at home. Put the objects of seed {seed} in place, stand clear, and press Enter: it will move. "
+                )
+        if refused := self._loop.reset(seed):
+            raise self._refused(seed, "the safety filter refuses", refused)
+        if self._guard is not None and (refused := self._guard(self._robot.observe().values)):
+            raise self._refused(seed, "the policy was never trained from here", refused)
+
+    def _go(self, home: HomeSource, seed: int) -> None:
+        """To where the arm is at rest, at home."""
+        loop, robot = self._loop, self._robot
+        loop.arbiter.stand("the arm goes home")  # its set point stays behind: it must not be on the move when it is reset
+        arbiter = Arbiter(robot, SafetyFilter(loop.safety.limits, robot.kinematics), loop.clock, [home])
+        try:
+            if refused := arbiter.begin("home", robot.state()):
+                raise self._refused(seed, "the arm may not go home", refused)
+            ticker = Ticker(loop.clock, arbiter.dt)
+            while arbiter.commanded or not arbiter.safety.still:
+                arbiter.step(ticker.wait())
+            if (cause := arbiter.status.cause) != "home reached":
+                raise EvaluationError(f"the episode of seed {seed} cannot begin, the arm did not get home: {cause}")
+        finally:
+            arbiter.end("no way home any more")
+
+    def _refused(self, seed: int, who: str, why: tuple[Reason, ...]) -> EvaluationError:
+        return EvaluationError(f"the episode of seed {seed} cannot begin, {who}: {why[0]}{mend(str(why[0]))}")
+
+
 def _episode(loop: ControlLoop, robot: Any, seed: int, seconds: float) -> Rollout:
-    if refused := loop.reset(seed):
-        raise EvaluationError(f"the episode of seed {seed} cannot begin, the safety filter refuses: {refused[0]}")
     begun = loop.clock.now()
     loop.run(seconds, until=lambda: robot.success)
     success = bool(robot.success)
