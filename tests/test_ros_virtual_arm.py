@@ -258,7 +258,7 @@ def test_robosuite_s_panda_stands_behind_the_same_topics(ros: Sandbox) -> None:
 def test_ctrl_c_ends_it_and_the_record_is_kept(ros: Sandbox) -> None:
     path = ros.folder / "record.json"
     process = ros.start("hardware.ros2.virtual_arm", record_path=str(path), cameras=False)
-    ros.message(STATE, "joint_states")
+    ros.messages(STATE, "joint_states", 2)  # the first comes before physics has been stepped
     process.send(signal.SIGINT)
     assert process.wait(10.0) == 0
     assert json.loads(path.read_text())["steps"] > 0

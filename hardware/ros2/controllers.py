@@ -47,7 +47,7 @@ class Controllers:
             listen("std_msgs/msg/Float64MultiArray", command.topic, self._stream)
         topic = command.topic if command.type == "trajectory" else TRAJECTORY_TOPIC
         listen("trajectory_msgs/msg/JointTrajectory", topic, self._follow)
-        self._serve(node, f"{topic.rpartition('/')[0]}/{FOLLOW}")
+        self._serve(node, "/".join([*topic.split("/")[:-1], FOLLOW]))
         if gripper is not None and gripper.type == "float64":
             scale, offset = gripper.scale, gripper.offset
             listen("std_msgs/msg/Float64", gripper.topic, lambda message: driver.grip(scale * message.data + offset))
@@ -66,8 +66,8 @@ class Controllers:
         """The action of trajectories, where its messages are installed."""
         try:
             action = message_type("control_msgs/action/FollowJointTrajectory")
-        except RosError:
-            self._logger.info(f"{name} is not served: control_msgs is not installed; the topic of trajectories is there")
+        except RosError as error:
+            self._logger.info(f"{name} is not served: {error}")
             return
         goals = TrajectoryGoals(self._driver, self._trajectories, action, self._clock.stamp, self._logger.warning)
         self._server = serve_goals(node, action, name, goals)

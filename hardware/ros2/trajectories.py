@@ -117,7 +117,7 @@ class TrajectoryGoals:
         trajectories: Checks and reads them, as for the topic.
         action: ``control_msgs/action/FollowJointTrajectory``.
         stamp: The header stamp of now.
-        warn: Told of tolerances that are ignored.
+        warn: Told why goals are aborted, and of tolerances that are ignored.
     """
 
     def __init__(
@@ -207,6 +207,7 @@ class TrajectoryGoals:
             handle.succeed()
         else:
             handle.abort()
+            self._warn(f"goal aborted, {code}: {why}")
         done(result)
 
     def _bounds(self, tolerances: Iterable[Any], speed: float = float("inf")) -> _Bounds:
