@@ -47,7 +47,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         value = read_yaml(path.read_text())
     except FileNotFoundError as error:
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"config '{path}' does not exist; {nearest(str(path), siblings)}") from error
+        found = nearest(str(path), siblings) if siblings else f"there is no YAML file in '{path.parent}'"
+        raise ConfigError(f"config '{path}' does not exist; {found}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config '{path}' cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -90,6 +90,8 @@ def test_an_absent_config_names_its_neighbour(tmp_path: Any) -> None:
     (tmp_path / "lift_flow.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"did you mean '.*lift_flow\.yaml'"):
         load_yaml(tmp_path / "lift_flwo.yaml")
+    with pytest.raises(ConfigError, match=r"there is no YAML file in '.*nowhere'"):
+        load_yaml(tmp_path / "nowhere" / "lift_flow.yaml")
 
 
 def test_components_are_found_by_short_name_and_by_dotted_path() -> None:

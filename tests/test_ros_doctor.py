@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hardware.ros2 import doctor, shm
 from hardware.ros2.contract import NODE_TOPICS, robot_topics
 from hardware.ros2.findings import Check, judge
 from hardware.ros2.profile import load_profile
-from hardware.ros2.topics import End, Seen, stamp_of
+from hardware.ros2.topics import End, Seen, node_of, stamp_of
 from robopolicy import cli
 
 PROFILE = load_profile("virtual")
@@ -139,6 +140,7 @@ def test_a_gripper_with_joint_states_of_its_own() -> None:
     ("environment", "level", "found"),
     [
         ({}, "note", "0, which every ROS on this network shares"),
+        ({"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, "note", "0, which every ROS on this computer shares"),
         ({"ROS_DOMAIN_ID": "7"}, "ok", "7"),
         ({"ROS_DOMAIN_ID": "seven"}, "wrong", "'seven' is no domain"),
         ({"ROS_DOMAIN_ID": "233"}, "wrong", "'233' is no domain"),
@@ -221,6 +223,12 @@ def test_shared_memory_of_the_living_is_left_alone(ros: Sandbox) -> None:
     names = shm.segments(os.getpid())
     assert names
     assert not [path for path in shm.leftovers(age=0.0) if shm.belongs(path, names)]
+
+
+def test_a_publisher_whose_node_is_not_known_is_named_in_words() -> None:
+    known = SimpleNamespace(node_name="arm", node_namespace="/left")
+    unknown = SimpleNamespace(node_name="_NODE_NAME_UNKNOWN_", node_namespace="_NODE_NAMESPACE_UNKNOWN_")
+    assert [node_of(known), node_of(unknown)] == ["/left/arm", "a node that has just come or gone"]
 
 
 def test_stamps_are_read_without_decoding() -> None:

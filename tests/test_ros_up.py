@@ -134,6 +134,7 @@ def test_one_dies_the_others_are_ended_and_the_exit_code_says_which(ros: Sandbox
     process = start(ros, system, "life=10.0", "start=false")  # long enough for the policy to have come
     assert process.wait(60) == 10  # the first of the file
     order(process.output(), "arm ended with exit code 7; ending the others", "policy has stopped")
+    assert process.output().count("arm ended with exit code 7") == 1
 
 
 def test_a_policy_that_cannot_configure_ends_everything_with_2(ros: Sandbox, system: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_node_of_the_name_that_comes_later_is_not_started(ros: Sandbox, system
             assert any("policy runs" in line for line in process.stdout)
             theirs = ros.start("stand_in_policy")
             ros.until(lambda: ros.node.get_node_names().count("stand_in_policy") == 2, 40, "their node")
-            time.sleep(2.0)  # the supervisor discovers it, too
+            time.sleep(4.0)  # the supervisor discovers it, too: nodes announce themselves every 3 s
             process.stdin.write("start\n")
             process.stdin.flush()
             said = next(line for line in process.stdout if "start: " in line)
@@ -315,6 +316,8 @@ def test_mistakes_in_a_file_name_the_key(text: str, expected: str, tmp_path: Pat
         (["virtual", "chekpoint=x"], "unknown argument 'chekpoint': did you mean 'checkpoint'?"),
         (["virtual", "start=maybe"], "argument 'start' is 'maybe'; expected true or false"),
         (["virtual", "start"], "'start' is not of the form KEY=VALUE"),
+        (["virtual", "speed_scale=3"], "policy: key 'speed_scale': Input should be less than or equal to 1, found 3.0"),
+        (["policy", "mode=shadwo"], "policy: key 'mode': Input should be 'live' or 'shadow', found 'shadwo'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(
@@ -324,6 +327,20 @@ def test_mistakes_on_the_command_line_are_one_line(
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+
+
+def test_strangers_in_the_domain_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = ["up", "virtual", "speed_scale=3"]  # so that nothing starts
+    monkeypatch.delenv("ROS_DOMAIN_ID", raising=False)
+    monkeypatch.delenv("ROS_AUTOMATIC_DISCOVERY_RANGE", raising=False)
+    assert cli.main(refused) == 2
+    assert "[up] ROS_DOMAIN_ID: not set: 0, which every ROS on this network shares" in capsys.readouterr().out
+    monkeypatch.setenv("ROS_DOMAIN_ID", "7")
+    assert cli.main(refused) == 2
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("ROS_DOMAIN_ID", "seven")
+    assert cli.main(["up", "virtual"]) == 2
+    assert "'seven' is no domain; export ROS_DOMAIN_ID=N" in capsys.readouterr().err
 
 
 def test_a_file_of_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

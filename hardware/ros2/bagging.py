@@ -12,6 +12,7 @@ from hardware.ros2.contract import NODE_TOPICS, Quality, message_type, robot_top
 from hardware.ros2.heard import COMMANDED_TOPIC
 from hardware.ros2.profile import RosProfile
 from hardware.ros2.runtime import Ros
+from hardware.ros2.topics import node_of
 
 POLICY_NODE = "robopolicy_policy"
 _DEPTH = 100  # messages that may wait for us
@@ -148,8 +149,9 @@ def _chosen(bag: Bag, topics: Sequence[str]) -> set[str]:
 def _alone(node: Any, name: str, own: int = 0) -> None:
     """Raises BagError when somebody else publishes on the topic, beside ``own`` of ours: two masters make an arm jump."""
     if len(found := node.get_publishers_info_by_topic(name)) > own:
-        other = next((info.node_name for info in found if info.node_name != node.get_name()), node.get_name())
-        raise BagError(f"'{name}' is published by '{other}' already; end it, or replay in another ROS_DOMAIN_ID")
+        others = [info for info in found if info.node_name != node.get_name()]
+        who = node_of((others or found)[0])
+        raise BagError(f"'{name}' is published by {who} already; end it, or replay in another ROS_DOMAIN_ID")
 
 
 def _publisher(node: Any, bag: Bag, name: str) -> Any:

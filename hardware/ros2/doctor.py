@@ -137,10 +137,11 @@ def middleware(name: str, environment: Mapping[str, str]) -> Check:
 def domain(environment: Mapping[str, str]) -> list[Check]:
     """Who hears whom."""
     checks = []
-    text = environment.get("ROS_DOMAIN_ID", "")
+    text, reach = environment.get("ROS_DOMAIN_ID", ""), environment.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "")
     if text == "":
         mend = "export ROS_DOMAIN_ID=N, 1 to 101, the same on the robot's computers, another for other robots"
-        checks.append(Check("ROS_DOMAIN_ID", "note", "not set: 0, which every ROS on this network shares by default", mend))
+        where = "computer" if reach == "LOCALHOST" else "network"
+        checks.append(Check("ROS_DOMAIN_ID", "note", f"not set: 0, which every ROS on this {where} shares by default", mend))
     elif not text.isdecimal() or int(text) > 232:
         checks.append(Check("ROS_DOMAIN_ID", "wrong", f"'{text}' is no domain", "export ROS_DOMAIN_ID=N with N from 0 to 101"))
     elif int(text) > 101:
@@ -148,7 +149,6 @@ def domain(environment: Mapping[str, str]) -> list[Check]:
         checks.append(Check("ROS_DOMAIN_ID", "note", f"{text}: its ports may be those of other connections", mend))
     else:
         checks.append(Check("ROS_DOMAIN_ID", "ok", text))
-    reach = environment.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "")
     if reach == "OFF":
         mend = "export ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST, or SUBNET where the robot is another computer"
         checks.append(Check("discovery", "wrong", "ROS_AUTOMATIC_DISCOVERY_RANGE=OFF: no process finds another", mend))

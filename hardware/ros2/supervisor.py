@@ -24,9 +24,10 @@ from hardware.ros2 import shm
 from hardware.ros2.runtime import Ros, RosError
 from hardware.ros2.services import TRIGGER, ask, change_state, set_text
 from hardware.ros2.system import Process
+from hardware.ros2.topics import node_of
 
 READY = 60.0  # [s] for a process to be there
-LOOK = 2.0  # [s] for nodes that run already to be discovered, before anything is started
+LOOK = 4.0  # [s] for nodes that run already to be discovered, before anything is started: they announce themselves every 3 s
 FOUND = 10.0  # [s] for a service that was typed to be found
 CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
 ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
@@ -119,6 +120,7 @@ class Supervisor:
     def __init__(self, processes: Sequence[Process], environment: Mapping[str, str]) -> None:
         self._processes, self._environment = processes, environment
         self._children: list[Child] = []
+        self._first: Child | None = None  # that ended by itself, and was told of
         self._signals: list[int] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
@@ -155,8 +157,7 @@ class Supervisor:
                 raise RosError(f"a node {process.node} runs already {self._mend()}")
             for topic in process.ready:
                 if others := self._node.get_publishers_info_by_topic(topic):
-                    who = f"{others[0].node_namespace.rstrip('/')}/{others[0].node_name}"
-                    raise RosError(f"{who} publishes {topic} already, as {process.name} would {self._mend()}")
+                    raise RosError(f"{node_of(others[0])} publishes {topic} already, as {process.name} would {self._mend()}")
 
     def _nodes(self, name: str) -> int:
         """How many nodes have this full name."""
@@ -223,6 +224,7 @@ class Supervisor:
                 raise _Over(130 if self._signals[0] == signal.SIGINT else 143)
             for index, child in enumerate(self._children):
                 if (code := child.code) is not None:
+                    self._first = child
                     say(f"{child.process.name} {_ended(code)}; ending the others")
                     raise _Over(0 if code == 0 else FIRST_CODE + index)
             if end is not None and time.monotonic() > end:
@@ -308,7 +310,8 @@ class Supervisor:
         """All, the last started first: a policy stands before its arm goes. A second Ctrl-C kills."""
         for child in reversed(self._children):
             child.end(lambda: len(self._signals) > 1)
-            say(f"{child.process.name} {_ended(child.code or 0)}")
+            if child is not self._first:
+                say(f"{child.process.name} {_ended(child.code or 0)}")
 
     @contextmanager
     def _handling(self) -> Iterator[None]:

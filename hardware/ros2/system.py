@@ -53,6 +53,7 @@ class Process:
         module: Run as ``python -m module``.
         node: Full name in ROS, with its namespace; empty: it has no services that are needed here.
         arguments: After the module's name.
+        parameters: Of the node; those that are empty are left out.
         ready: Full names of topics.
         lifecycle: None: it has none. False: configured and activated; true: started, too.
         services: Those that may be called by hand, without the node's name.
@@ -62,6 +63,7 @@ class Process:
     module: str
     node: str
     arguments: tuple[str, ...]
+    parameters: Mapping[str, Any]
     ready: tuple[str, ...]
     lifecycle: bool | None
     services: tuple[str, ...] = ()
@@ -92,16 +94,15 @@ class System:
             if "when" in entry and not _value(entry["when"], values):
                 continue
             words = ["-r", f"__ns:=/{namespace}"] if namespace else []
-            for key, value in entry.get("parameters", {}).items():
-                value = _value(value, values)
-                if value is not None and value != "":
-                    words += ["-p", f"{key}:={_text(value)}"]
+            parameters = {key: _value(value, values) for key, value in entry.get("parameters", {}).items()}
+            parameters = {key: value for key, value in parameters.items() if value is not None and value != ""}
+            words += [word for key, value in parameters.items() for word in ("-p", f"{key}:={_text(value)}")]
             node = entry.get("node", "")
             ready = tuple(_full(topic, namespace) for topic in entry.get("ready", []))
             lifecycle = bool(_value(entry["lifecycle"], values)) if "lifecycle" in entry else None
             arguments, services = ("--ros-args", *words) if words else (), tuple(entry.get("services", ()))
             full = _full(node, namespace) if node else ""
-            found.append(Process(name, entry["module"], full, arguments, ready, lifecycle, services))
+            found.append(Process(name, entry["module"], full, arguments, parameters, ready, lifecycle, services))
         return found
 
     def environ(self) -> dict[str, str]:

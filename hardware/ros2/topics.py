@@ -140,19 +140,22 @@ def _ends(node: Any, topic: Topic, name: str) -> tuple[list[End], list[End]]:
     ours = topic.quality.to_ros()
     own = (node.get_name(), node.get_namespace())
     publishers = [
-        End(_node(info), info.topic_type, _trouble(info.qos_profile, ours) if topic.direction == "in" else "")
+        End(node_of(info), info.topic_type, _trouble(info.qos_profile, ours) if topic.direction == "in" else "")
         for info in node.get_publishers_info_by_topic(name)
         if (info.node_name, info.node_namespace) != own
     ]
     subscriptions = [
-        End(_node(info), info.topic_type, _trouble(ours, info.qos_profile) if topic.direction == "out" else "")
+        End(node_of(info), info.topic_type, _trouble(ours, info.qos_profile) if topic.direction == "out" else "")
         for info in node.get_subscriptions_info_by_topic(name)
         if (info.node_name, info.node_namespace) != own
     ]
     return publishers, subscriptions
 
 
-def _node(info: Any) -> str:
+def node_of(info: Any) -> str:
+    """Full name of the node behind a publisher or subscription."""
+    if info.node_name == "_NODE_NAME_UNKNOWN_":
+        return "a node that has just come or gone"  # its topics are heard of before its name, and forgotten after it
     return f"{info.node_namespace.rstrip('/')}/{info.node_name}"
 
 

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from robopolicy.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from hardware.ros2.system import Process
 
 EPILOG = """\
 examples:
@@ -76,4 +81,29 @@ def run(args: argparse.Namespace) -> int:
     from hardware.ros2.supervisor import Supervisor
 
     require()
-    return Supervisor(processes, system.environ()).run()
+    environment = system.environ()
+    check(processes, environment)
+    return Supervisor(processes, environment).run()
+
+
+def check(processes: Iterable[Process], environment: Mapping[str, str]) -> None:
+    """Say who else is in the domain; refuse now what the policy node would, seconds later and with the arm running.
+
+    Raises:
+        ConfigError: A parameter of it is unknown or out of range, or there is no such domain.
+    """
+    from hardware.ros2.doctor import domain
+    from hardware.ros2.parameters import NodeConfig
+    from hardware.ros2.supervisor import say
+    from robopolicy.config import parse
+
+    for finding in domain(environment):
+        text = f"{finding.name}: {finding.found}; {finding.mend}"
+        if finding.level == "wrong":
+            raise ConfigError(text)
+        if finding.level == "note":
+            say(text)
+    for process in processes:
+        if process.module == "hardware.ros2.policy_node":
+            values = {name: value for name, value in process.parameters.items() if name != "use_sim_time"}  # every node has it
+            parse(NodeConfig, values, where=process.name)
