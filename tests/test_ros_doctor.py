@@ -17,6 +17,7 @@ from hardware.ros2 import doctor, shm
 from hardware.ros2.contract import NODE_TOPICS, robot_topics
 from hardware.ros2.findings import Check, judge
 from hardware.ros2.profile import load_profile
+from hardware.ros2.runtime import packages_mend
 from hardware.ros2.topics import End, Seen, node_of, stamp_of
 from robopolicy import cli
 
@@ -191,6 +192,19 @@ def test_middleware_and_messages() -> None:
     assert doctor.installed().level == "ok"
 
 
+def test_missing_messages_are_found_and_mended_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trajectory_msgs.msg", None)
+    monkeypatch.delenv("ROS_DISTRO", raising=False)
+    check = doctor.messages()
+    assert (check.level, check.found) == ("wrong", "trajectory_msgs/msg/JointTrajectory cannot be imported")
+    assert check.mend == "run `make setup` in the checkout, or: uv pip install -e '.[ros]'"
+    monkeypatch.setenv("ROS_DISTRO", "jazzy")
+    assert doctor.messages().mend == "apt install ros-jazzy-trajectory-msgs"
+    assert packages_mend(["control_msgs", "std_msgs"], "").endswith(
+        "'.[ros]'; there are no wheels of control_msgs: source a ROS installation that has ros-DISTRO-control-msgs"
+    )
+
+
 def test_packages_beside_a_sourced_ros_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_DISTRO", "jazzy")
     check = doctor.installed()
@@ -305,11 +319,11 @@ def test_without_rclpy_the_rest_is_still_checked(monkeypatch: pytest.MonkeyPatch
     from hardware.ros2 import runtime
 
     def missing() -> None:
-        raise runtime.RosError("there is no rclpy here; pip install 'robopolicy[ros]'")
+        raise runtime.RosError("there is no rclpy here; run `make setup`")
 
     monkeypatch.setattr(runtime, "require", missing)
     arguments = argparse.Namespace(profile="virtual", namespace="", node="x", seconds=1.0, clean=False, json=False)
     assert doctor.run(arguments) == 1
     shown = capsys.readouterr().out
-    assert "mend: there is no rclpy here; pip install 'robopolicy[ros]'" in shown
+    assert "mend: there is no rclpy here; run `make setup`" in shown
     assert "ROS_DOMAIN_ID" in shown

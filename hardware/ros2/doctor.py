@@ -95,7 +95,7 @@ def installed() -> Check:
     if from_packages and distribution:
         return Check(
             "rclpy", "wrong", f"packages in {sys.prefix} shadow ROS {distribution}, which is sourced",
-            "use one: open a shell without sourcing ROS, or pip uninstall ros-rclpy ros-common-interfaces",
+            "use one: open a shell without sourcing ROS, or: uv pip uninstall ros-rclpy ros-common-interfaces",
         )  # fmt: skip
     return Check("rclpy", "ok", f"from {'packages' if from_packages else f'ROS {distribution} at {place.parent}'}")
 
@@ -104,6 +104,7 @@ def messages() -> Check:
     """Every type of the contract can be imported."""
     from hardware.ros2.contract import NODE_SERVICES, NODE_TOPICS, message_type, robot_topics
     from hardware.ros2.profile import load_profile, profile_names
+    from hardware.ros2.runtime import RosError, packages_mend
 
     names = {topic.type for name in profile_names() for topic in robot_topics(load_profile(name))}
     names |= {entry.type for entry in (*NODE_TOPICS, *NODE_SERVICES)} | {"trajectory_msgs/msg/JointTrajectory"}
@@ -111,14 +112,11 @@ def messages() -> Check:
     for name in sorted(names):
         try:
             message_type(name)
-        except (ImportError, AttributeError):
+        except RosError:
             missing.append(name)
     if missing:
-        packages = sorted({name.split("/")[0].replace("_", "-") for name in missing})
-        return Check(
-            "messages", "wrong", f"{', '.join(missing)} cannot be imported",
-            f"apt install {' '.join(f'ros-$ROS_DISTRO-{package}' for package in packages)}, or pip install 'robopolicy[ros]'",
-        )  # fmt: skip
+        mend = packages_mend({name.split("/")[0] for name in missing}, os.environ.get("ROS_DISTRO", ""))
+        return Check("messages", "wrong", f"{', '.join(missing)} cannot be imported", mend)
     return Check("messages", "ok", f"all {len(names)} types of the contract")
 
 

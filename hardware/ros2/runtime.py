@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -28,6 +28,12 @@ DEFAULTS = {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA"}
 # Where discovery is LOCALHOST, rmw_fastrtps brings transports of its own and ignores that variable; it minds an XML profile.
 LOCALHOST = {"FASTDDS_DEFAULT_PROFILES_FILE": str(Path(__file__).with_name("localhost.xml"))}
 
+# Message packages that the wheels of the extra `ros` bring. Others (control_msgs, tf2_msgs, ...) only a ROS installation has.
+_WHEELS = {
+    "action_msgs", "actionlib_msgs", "builtin_interfaces", "diagnostic_msgs", "geometry_msgs", "lifecycle_msgs", "nav_msgs",
+    "rcl_interfaces", "rosgraph_msgs", "sensor_msgs", "service_msgs", "shape_msgs", "std_msgs", "std_srvs", "stereo_msgs",
+    "trajectory_msgs", "type_description_interfaces", "unique_identifier_msgs", "visualization_msgs",
+}  # fmt: skip
 _INSTALL = "run `make setup` in the checkout, or: uv pip install -e '.[ros]'"
 
 
@@ -65,6 +71,18 @@ def _mend(error: ImportError, root: Path = Path("/opt/ros")) -> str:
     if (system, machine) != ("Linux", "x86_64"):
         return f"there is no rclpy here ({reason}) and no wheel for {system} on {machine}; install ROS 2 or RoboStack, source it"
     return f"there is no rclpy here ({reason}); {_INSTALL}, or source a ROS 2 installation"
+
+
+def packages_mend(packages: Iterable[str], distribution: str) -> str:
+    """How to get message packages that are missing; ``distribution``: of the ROS that is sourced, empty: none is."""
+    lacking = sorted(packages)
+    if distribution:
+        return f"apt install {' '.join(f'ros-{distribution}-{name}'.replace('_', '-') for name in lacking)}"
+    mends = [_INSTALL] * any(name in _WHEELS for name in lacking)
+    if alone := [name for name in lacking if name not in _WHEELS]:
+        debs = " ".join(f"ros-DISTRO-{name}".replace("_", "-") for name in alone)
+        mends.append(f"there are no wheels of {', '.join(alone)}: source a ROS installation that has {debs}")
+    return "; ".join(mends)
 
 
 class RosClock(SystemClock):
