@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ros import Process, Sandbox
 
 from hardware.ros2 import up
+from hardware.ros2.supervisor import Supervisor
 from hardware.ros2.system import SystemFileError, load_system
 from robopolicy import cli
 
@@ -152,6 +154,16 @@ def test_a_node_of_the_name_is_not_driven_but_refused(ros: Sandbox, system: Path
     assert "starting" not in process.output()
     assert "configured" not in theirs.output()
     assert theirs.alive
+
+
+def test_somebody_else_s_node_is_not_taken_for_the_child_s(ros: Sandbox, system: Path) -> None:
+    """On a busy computer it may be found late, after the look for rivals and before the child's own."""
+    theirs, supervisor = ros.start("stand_in_policy"), Supervisor([], {})
+    supervisor._node = ros.node
+    process = load_system(system).processes({})[1]
+    ros.until(lambda: supervisor._there(SimpleNamespace(process=process, popen=theirs)), 20, "the node of that process")
+    assert supervisor._nodes("/stand_in_policy") == 1
+    assert not supervisor._there(SimpleNamespace(process=process, popen=SimpleNamespace(pid=theirs.pid + 1)))
 
 
 def test_a_second_arm_on_the_same_topics_is_refused(ros: Sandbox, system: Path) -> None:

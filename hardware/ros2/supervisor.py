@@ -164,6 +164,17 @@ class Supervisor:
         found = self._node.get_node_names_and_namespaces()
         return sum(f"{namespace.rstrip('/')}/{node}" == name for node, namespace in found)
 
+    def _there(self, child: Child) -> bool:
+        """Whether the child's node is there: on a busy computer somebody else's of its name may be found late, and before it."""
+        from rclpy import get_rmw_implementation_identifier
+
+        name, pid = child.process.node, child.popen.pid & 0xFFFF
+        if get_rmw_implementation_identifier() != "rmw_fastrtps_cpp":
+            return self._nodes(name) > 0
+        # Bytes 4 and 5 of Fast DDS's identifiers are the process's; every node publishes its log.
+        found = [info for info in self._node.get_publishers_info_by_topic("/rosout") if node_of(info) == name]
+        return any(int.from_bytes(bytes(info.endpoint_gid)[4:6], "little") == pid for info in found)
+
     @staticmethod
     def _mend() -> str:
         domain = os.environ.get("ROS_DOMAIN_ID", "0")
@@ -179,11 +190,11 @@ class Supervisor:
 
     def _start(self, process: Process) -> None:
         say(f"starting {process.name}: python -m {' '.join((process.module, *process.arguments))}")
-        self._children.append(Child(process, self._environment))
+        self._children.append(child := Child(process, self._environment))
         for topic in process.ready:
             self._until(partial(self._node.count_publishers, topic), READY, f"topic {topic} of {process.name}")
         if process.node:
-            self._until(partial(self._nodes, process.node), READY, f"node {process.node}")
+            self._until(partial(self._there, child), READY, f"node {process.node} of {process.name}")
             self._alone(process)
         if process.lifecycle is not None:
             for transition in ("configure", "activate"):
