@@ -9,7 +9,7 @@
     processes:                      # started in this order, ended in the reverse
       policy:
         module: hardware.ros2.policy_node
-        node: robopolicy_policy     # what it is called in ROS
+        node: robopolicy_policy     # the node of this very process: commands go to it
         parameters: {rate: $rate}   # $NAME: the argument's value; empty ones are left out: the node has its own default
         when: $policy               # only where this is true
         ready: [joint_states]       # topics that must have a publisher before the next process starts
