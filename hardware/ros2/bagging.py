@@ -18,7 +18,7 @@ POLICY_NODE = "robopolicy_policy"
 _DEPTH = 100  # messages that may wait for us
 _LOOK = 0.5  # [s] between looks for topics that have appeared
 _OTHERS = 1.0  # [s] for other publishers to be found before a replay
-_DISCOVERY = 2.0  # [s] at most for subscribers to be found before a replay
+_DISCOVERY = 5.0  # [s] at most for subscribers to be found before a replay: on a busy computer it took 3.6
 _TELL = 1.0  # [s]
 _LATCHED = ("std_msgs/msg/Bool", "std_msgs/msg/String")  # states, of which the last one holds
 
