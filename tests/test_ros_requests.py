@@ -84,7 +84,7 @@ def test_an_emergency_stop_that_is_latched_is_asked_for_again(node: Node, reques
 
 
 def test_no_reset_while_the_button_says_pressed(node: Node, requests: Requests) -> None:
-    """Whatever another button says: only its own release, or its end and another's word after it, count."""
+    """Whatever another button says, only its own release counts."""
     node.buttons = {b"red": "red", b"blue": "blue"}
     requests._on_estop(Bool(data=True), b"red")
     requests._on_estop(Bool(data=False), b"blue")
@@ -97,23 +97,87 @@ def test_no_reset_while_the_button_says_pressed(node: Node, requests: Requests) 
     assert not requests.estopped
 
 
-def test_a_button_that_is_gone_is_still_pressed_until_another_says_false(node: Node, requests: Requests) -> None:
-    requests._on_estop(Bool(data=False), b"before")
-    requests._on_estop(Bool(data=True), b"gone")
-    ok, said = requests.reset()
-    assert not ok
-    assert said.startswith("the last word on '/estop' was pressed, and nobody publishes it any more: start the button's node")
+def test_a_button_that_is_gone_is_pressed_until_its_node_is_back_and_says_released(node: Node, requests: Requests) -> None:
+    """A wireless pendant out of range; the desk's panel says all the time that it is not pressed."""
+    node.buttons = {b"pendant": "pendant", b"panel": "panel"}
+    requests._on_estop(Bool(data=False), b"panel")
+    requests._on_estop(Bool(data=True), b"pendant")
+    del node.buttons[b"pendant"]
+    node.buttons[b"late"] = "late"
+    for other in (b"panel", b"late"):
+        requests._on_estop(Bool(data=False), other)
+        ok, said = requests.reset()
+        assert not ok
+        assert said.startswith("/pendant said pressed on '/estop' and is gone: start it again, release it, then reset")
     node.deployment = None
     assert not requests.reset()[0]  # also while nothing could move
+    node.buttons[b"again"] = "pendant"
+    assert not requests.reset()[0]  # it is there, and has not said anything
+    requests._on_estop(Bool(data=True), b"again")
+    assert requests.reset()[1].startswith("/pendant still says pressed")
     requests._on_estop(Bool(data=False), b"again")
     assert requests.reset() == (True, "released")
 
 
-def test_where_nobody_knows_who_speaks_the_last_word_counts(node: Node, requests: Requests) -> None:
+def test_what_a_button_s_node_said_elsewhere_before_the_press_releases_nothing(node: Node, requests: Requests) -> None:
+    """Two buttons of one node, or two nodes of one name."""
+    node.buttons = {b"left": "panel", b"right": "panel"}
+    requests._on_estop(Bool(data=False), b"left")
+    requests._on_estop(Bool(data=True), b"right")
+    del node.buttons[b"right"]
+    requests._on_estop(Bool(data=False), b"left")
+    assert not requests.reset()[0]
+
+
+def test_nameless_buttons_are_not_taken_for_each_other(node: Node, requests: Requests) -> None:
+    node.buttons = {b"one": "_NODE_NAME_UNKNOWN_"}
+    requests._on_estop(Bool(data=True), b"one")
+    node.buttons = {b"two": "_NODE_NAME_UNKNOWN_"}
+    requests._on_estop(Bool(data=False), b"two")
+    assert requests.reset()[1].startswith("a button said pressed on '/estop' and is gone: ")
+
+
+def test_a_cleanup_forgets_a_button_that_is_gone_once_a_reset_was_refused_for_it(node: Node, requests: Requests) -> None:
+    """The only way on when it never comes back; a cleanup for another reason is no word about a button."""
+    node.buttons = {b"pendant": "pendant"}
+    requests._on_estop(Bool(data=True), b"pendant")
+    assert not requests.reset()[0]
+    assert requests.forget() == []  # it is there
+    del node.buttons[b"pendant"]
+    assert requests.forget() == []
+    assert "deactivate, cleanup and configure the node" in requests.reset()[1]
+    assert requests.forget() == ["/pendant"]
+    assert requests.estopped
+    assert requests.reset()[0]
+
+
+def test_where_nobody_says_who_speaks_one_publisher_is_known_by_being_the_only_one(node: Node, requests: Requests) -> None:
     node.buttons = {b"red": "red"}
     requests._on_estop(Bool(data=True))
-    assert requests.reset()[1].startswith("the last word on '/estop' was pressed: ")
+    assert requests.reset()[1].startswith("/red still says pressed")
     requests._on_estop(Bool(data=False))
+    assert requests.reset()[0]
+    requests._on_estop(Bool(data=True))
+    node.buttons = {b"blue": "blue"}  # red is gone
+    requests._on_estop(Bool(data=False))
+    assert requests.reset()[1].startswith("/red said pressed on '/estop' and is gone")
+
+
+@pytest.mark.parametrize("beside", ["before the press", "after it"])
+def test_where_nobody_says_who_speaks_no_release_of_several_counts(node: Node, requests: Requests, beside: str) -> None:
+    both = {b"red": "red", b"blue": "blue"}
+    node.buttons = both if beside == "before the press" else {b"red": "red"}
+    requests._on_estop(Bool(data=True))
+    node.buttons = both
+    requests._on_estop(Bool(data=False))
+    ok, said = requests.reset()
+    assert not ok
+    assert "which of several publishers says what is not known here; now there: /red and /blue. Release all, end them" in said
+    assert requests.forget() == []
+    node.buttons = {}
+    requests._on_estop(Bool(data=False))
+    assert not requests.reset()[0]
+    assert len(requests.forget()) == 1
     assert requests.reset()[0]
 
 

@@ -117,7 +117,7 @@ class PolicyNode(LifecycleNode):
         return self._transition("deactivate", self._deactivate)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        return self._transition("cleanup", self._release)
+        return self._transition("cleanup", self._cleanup)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         self.over = True
@@ -190,6 +190,11 @@ class PolicyNode(LifecycleNode):
         self._starts = None
         if self.deployment is not None:
             self.deployment.deactivate()
+
+    def _cleanup(self) -> None:
+        self._release()
+        if gone := self.requests.forget():
+            self.get_logger().warning(f"forgotten: {' and '.join(gone)} said pressed on the emergency stop's topic, and is gone")
 
     def _release(self) -> None:
         self._starts = None

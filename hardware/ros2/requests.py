@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rclpy.event_handler import SubscriptionEventCallbacks
@@ -25,8 +26,27 @@ if TYPE_CHECKING:
     from robopolicy.deploy.arbiter import Arbiter
     from robopolicy.deploy.requests import Ticket
 
+_NAMELESS = "_NODE_NAME_UNKNOWN_"  # of the middleware, until discovery has the node
 _PRESSES = 10  # messages of the emergency stop that may wait: a press is heard though its release follows at once
+_FORGET = "deactivate, cleanup and configure the node (that forgets it), and reset"
 Said = tuple[bool, str]  # whether it was done, and what there is to say
+
+
+@dataclass
+class _Button:
+    """A publisher of the emergency stop. Times are counts of the messages that have come.
+
+    Attributes:
+        since: When it was first heard.
+        pressed: When it last said so; 0: what it said last is that it is released.
+        node: Whose it is; empty: not known yet.
+        told: A reset was refused because it is gone and pressed.
+    """
+
+    since: int
+    pressed: int = 0
+    node: str = ""
+    told: bool = False
 
 
 class Requests:
@@ -43,7 +63,8 @@ class Requests:
     def __init__(self, node: PolicyNode) -> None:
         self._node, self.estopped, self.acts = node, "", 0
         self._lock = threading.Lock()  # autostart asks from the main thread
-        self._said: dict[bytes | None, bool] = {}  # pressed? by publisher of the emergency stop, the last that spoke last
+        self._buttons: dict[bytes | None, _Button] = {}  # by gid; None: those that cannot be told apart
+        self._heard, self._blind = 0, False  # messages of the emergency stop; the middleware does not say whose they are
         io, me = node.io, node.get_fully_qualified_name()
         silent = SubscriptionEventCallbacks(use_default_callbacks=False)  # that one of the three does not match says nothing
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises
@@ -94,28 +115,61 @@ class Requests:
         if (arbiter := self._arbiter()) is not None:
             ok, message = arbiter.request("reset").wait()
         if ok:
-            self.estopped = ""
-            self._said.clear()
+            self.estopped, there = "", self._there()
+            with self._lock:
+                self._buttons = {key: button for key, button in self._buttons.items() if key in there}
         return ok, message
 
+    def forget(self) -> list[str]:
+        """Buttons that were pressed, are gone, and for which a reset was refused: forgotten. Which; the stop stays latched.
+
+        At a cleanup, which a person asks for: there is no other way to go on when such a button never comes back.
+        """
+        there = self._there()
+        with self._lock:
+            here = set(there) | ({None} if there else set())
+            gone = {key: button for key, button in self._buttons.items() if button.told and key not in here}
+            for key in gone:
+                del self._buttons[key]
+        return [button.node or "a button" for button in gone.values()]
+
     def _pressed(self) -> str:
-        """Which button still says pressed; empty: none. One that is gone is released by what another says after it."""
-        if not any(self._said.values()):
-            return ""
-        topic = self._button.topic_name
-        there = {bytes(info.endpoint_gid): info for info in self._node.io.get_publishers_info_by_topic(topic)}
-        released = False
-        for origin, pressed in reversed(self._said.items()):
-            if not pressed:
-                released = True
-            elif origin in there:
-                info = there[origin]
-                name = f"{info.node_namespace.rstrip('/')}/{info.node_name}"
-                return f"{name} still says pressed on '{topic}'; release the button there, then reset"
-            elif not released:
-                what = f"the last word on '{topic}' was pressed" + ("" if there else ", and nobody publishes it any more")
-                return f"{what}: start the button's node and release it; then, or once somebody publishes false there, reset"
+        """Which button still says pressed, and what a person does about it; empty: none."""
+        topic, there = self._button.topic_name, self._there()
+        with self._lock:
+            for key, button in sorted(self._buttons.items(), key=lambda item: item[0] not in there):  # whom one can press first
+                if not button.pressed or self._released(button, key in there):
+                    continue
+                who = button.node or "a button"
+                if self._blind and (key is None or len(there) > 1):
+                    button.told = True
+                    names = " and ".join(there.values()) or "nobody any more"
+                    return (
+                        f"pressed was said on '{topic}', and which of several publishers says what is not known here; now there: "
+                        f"{names}. Release all, end them, {_FORGET}; keep one publisher"
+                    )
+                if key in there:
+                    return f"{who} still says pressed on '{topic}'; release the button there, then reset"
+                button.told = True
+                return (
+                    f"{who} said pressed on '{topic}' and is gone: start it again, release it, then reset. If it never comes "
+                    f"back, and you have seen that it is released: {_FORGET}"
+                )
         return ""
+
+    def _released(self, button: _Button, here: bool) -> bool:
+        """Whether a button that is gone came back as another publisher of the same node, and says released."""
+        again = (other for other in self._buttons.values() if other.node == button.node and other.since > button.pressed)
+        return not here and bool(button.node) and any(not other.pressed for other in again)
+
+    def _there(self) -> dict[bytes, str]:
+        """Who publishes the emergency stop: full names of nodes by gid; empty where the name is not known yet."""
+        infos = self._node.io.get_publishers_info_by_topic(self._button.topic_name)
+        known = {bytes(info.endpoint_gid): info for info in infos}
+        return {
+            gid: "" if info.node_name == _NAMELESS else f"{info.node_namespace.rstrip('/')}/{info.node_name}"
+            for gid, info in known.items()
+        }
 
     def halt(self, name: str, why: str) -> Ticket | None:
         """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
@@ -152,10 +206,19 @@ class Requests:
     def _on_estop(self, message: Bool, origin: bytes | None = None) -> None:
         if message.data:  # again, too: a reset may be on its way
             self.halt("estop", f"topic {ESTOP}")
-        else:  # one release tells as much as many
-            self._said = {one: pressed for one, pressed in self._said.items() if pressed}
-        self._said.pop(origin, None)
-        self._said[origin] = bool(message.data)
+        there = self._there()
+        self._blind = origin is None
+        if origin is None and len(there) == 1:  # only one can have said it
+            (origin,) = there
+        with self._lock:
+            self._heard += 1
+            button = self._buttons.setdefault(origin, _Button(self._heard))
+            if origin is not None:
+                button.node = button.node or there.get(origin, "")
+            if message.data:
+                button.pressed, button.told = self._heard, False
+            elif origin is not None:  # a release by anyone of several releases nothing
+                button.pressed = 0
 
     def _on_deadman(self, message: Bool) -> None:
         if (arbiter := self._arbiter()) is not None:
