@@ -55,7 +55,7 @@ class Snapshot(NamedTuple):
     picture: np.ndarray
 
 
-class Motion(NamedTuple):
+class Progress(NamedTuple):
     """How far the arm has come with what it was told; arrays ``[n]``, of the coordinates.
 
     Attributes:
@@ -156,7 +156,8 @@ class Driver:
             if self._last is None and self._before_reset(watched):
                 self.record.counts["ignored"] += 1
                 return
-            if self._trips(watched, now):
+            last = self._last if self._last is not None and self._path is None else self._set[self._watched]
+            if self._trips(np.abs(watched - last)[None], np.array([max(now - self._last_time, self._period)]), REFLEX_STEP):
                 return
             self.record.command(now, watched)
             self._command += 1
@@ -193,7 +194,7 @@ class Driver:
         Points that are past are left out.
 
         Returns:
-            Its :attr:`Motion.command`.
+            Its :attr:`Progress.command`.
 
         Raises:
             CommandError: As joint_trajectory_controller refuses it.
@@ -207,14 +208,15 @@ class Driver:
             now = self._clock.now()
             full = np.repeat(self._goal[None], len(points), axis=0)
             full[:, columns] = points
-            gap = max(float(times[0]), self._period)
-            if self._trips(full[0, self._watched], now, gap):
+            path, gaps = np.vstack([self._set, full]), np.diff(times, prepend=0.0)
+            gaps[0] = max(gaps[0], self._period)
+            if self._trips(np.abs(np.diff(path[:, self._watched], axis=0)), gaps):
                 return self._command
             self.record.counts["commands"] += 1
             if np.abs(full[-1] - self._set).max() > 1e-7:
                 self.record.commanded = now
             start = max(self._steps * self.world.timestep, 0.0)
-            self._path = (np.append(0.0, times) + start, np.vstack([self._set, full]), columns)
+            self._path = (np.append(0.0, times) + start, path, columns)
             self._ends = start + float(times[-1])
             self._left[columns] = 0  # what was streamed before is not reached any more
             self._last, self._last_time, self._goal = full[-1, self._watched], now + float(times[-1]), full[-1]
@@ -232,7 +234,7 @@ class Driver:
             self._ends = self._steps * self.world.timestep
             self._last, self._last_time = self._goal[self._watched], self._clock.now()
 
-    def motion(self) -> Motion:
+    def progress(self) -> Progress:
         """As of the last step."""
         with self._lock:
             now, speeds = self._steps * self.world.timestep, np.zeros(len(self._set))
@@ -241,7 +243,7 @@ class Driver:
                 i = min(int(np.searchsorted(times, now, "right")), len(times) - 1)
                 speeds[columns] = (points[i] - points[i - 1])[columns] / (times[i] - times[i - 1])
             measured = self.world.positions.copy(), self.world.velocities.copy()
-            return Motion(self._command, self._ends - now, self._set.copy(), speeds, *measured)
+            return Progress(self._command, self._ends - now, self._set.copy(), speeds, *measured)
 
     def reset_reflex(self) -> None:
         """Take commands again, from where the arm is."""
@@ -273,21 +275,23 @@ class Driver:
         same = np.abs(watched - self._stale).max() < 1e-6
         return bool(same or np.abs(watched - self._set[self._watched]).max() > REFLEX_STEP)
 
-    def _trips(self, watched: np.ndarray, now: float, gap: float | None = None) -> bool:
-        """Whether the arm's own reflexes stop it, now or before."""
+    def _trips(self, steps: np.ndarray, gaps: np.ndarray, limit: float = np.inf) -> bool:
+        """Whether the arm's own reflexes stop it, now or before.
+
+        Args:
+            steps: Of the watched joints ``[k, w]``, each in so much time ``gaps [k]`` [s].
+            limit: Of a step, whatever its time [rad].
+        """
         if self.reflex:
             return True
-        streamed = gap is None and self._path is None  # else a trajectory begins or is left: from where the arm is
-        last = self._last if self._last is not None and streamed else self._set[self._watched]
-        step = np.abs(watched - last)
-        passed = gap if gap is not None else max(now - self._last_time, self._period)
-        speed = step / passed / self._rated[self._watched]
-        far, fast = step.max() > REFLEX_STEP and gap is None, speed.max() > REFLEX_SPEED
-        if not (far or fast):
+        speeds = steps / gaps[:, None] / self._rated[self._watched]
+        far = steps.max() > limit
+        if not far and speeds.max() <= REFLEX_SPEED:
             return False
-        i = int((step if far else speed).argmax())
-        name = self.world.names[self._watched[i]]
-        self.reflex = f"{name} was told to move {step[i]:.3g} rad in {passed:.3g} s, {speed[i]:.2g} times its rated speed"
+        worst = (steps if far else speeds).argmax()
+        k, i = np.unravel_index(worst, steps.shape)
+        step, gap, speed, name = steps[k, i], gaps[k], speeds[k, i], self.world.names[self._watched[i]]
+        self.reflex = f"{name} was told to move {step:.3g} rad in {gap:.3g} s, {speed:.2g} times its rated speed"
         self.record.counts["reflexes"] += 1
         self._goal, self._path = self._set.copy(), None
         self._left[:] = 0

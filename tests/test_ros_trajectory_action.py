@@ -222,7 +222,7 @@ def test_another_command_ends_a_goal_and_is_carried_out(rig: Rig, kind: str) -> 
     if kind == "topic":
         rig.driver.follow(*rig.trajectories.read(trajectory(point(rig.begin, 0.5))))
     elif kind == "stream":
-        rig.driver.stream(ARM, rig.driver.motion().targets[:7])
+        rig.driver.stream(ARM, rig.driver.progress().targets[:7])
     else:
         rig.driver.reset(100_000)
     rig.wait(1.0)
@@ -263,6 +263,15 @@ def test_cancelling_does_not_stop_who_came_after_the_goal(rig: Rig) -> None:
     rig.wait(1.0)
     assert handle.state == "canceled"
     assert rig.moved() == pytest.approx(0.0, abs=2e-3)
+
+
+def test_a_leap_in_any_segment_of_a_trajectory_is_a_reflex(rig: Rig) -> None:
+    handle = rig.send(point(rig.begin, 1.0), point(rig.begin + 1.0 * FIRST, 1.004))
+    rig.wait(1.1)
+    assert handle.state == "aborted"
+    assert "reflex: joint1 was told to move 1 rad in 0.004 s" in handle.why
+    assert abs(rig.moved()) < 0.01
+    assert rig.driver.record.counts["reflexes"] == 1
 
 
 def test_a_reflex_ends_a_goal_and_no_other_is_taken(rig: Rig) -> None:
@@ -332,7 +341,7 @@ def test_points_that_are_past_are_left_out(rig: Rig) -> None:
     )  # fmt: skip
     rig.driver.follow(*rig.trajectories.read(wave))
     rig.wait(0.24)
-    assert rig.driver.motion().targets[0] == pytest.approx(rig.begin[0] + 0.048, abs=1e-3)
+    assert rig.driver.progress().targets[0] == pytest.approx(rig.begin[0] + 0.048, abs=1e-3)
     rig.wait(0.5)
     assert rig.moved() == pytest.approx(0.1, abs=2e-3)
 
@@ -341,7 +350,7 @@ def test_a_trajectory_that_follows_on_a_stream_does_not_leap_to_its_end(rig: Rig
     rig.driver.stream(ARM, rig.begin)
     rig.driver.follow(ARM, np.array([1.0]), (rig.begin + 0.5 * FIRST)[None])
     rig.wait(0.02)  # shorter than it takes to reach what was streamed
-    assert rig.driver.motion().targets[0] == pytest.approx(rig.begin[0] + 0.01, abs=2e-3)
+    assert rig.driver.progress().targets[0] == pytest.approx(rig.begin[0] + 0.01, abs=2e-3)
 
 
 def test_a_stream_into_a_trajectory_is_judged_from_where_the_arm_is(rig: Rig) -> None:

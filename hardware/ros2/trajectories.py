@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sim.driver import CommandError, Driver, Motion
+from sim.driver import CommandError, Driver, Progress
 
 WATCH = 50.0  # a running goal is looked at so often [Hz]
 STOPPED = 0.01  # a joint that is slower stands [rad/s]: the controller's `stopped_velocity_tolerance`
@@ -152,7 +152,7 @@ class TrajectoryGoals:
         run = self._running
         if run is None or run.handle is not handle:
             return False
-        if not self._stopped(run, self._driver.motion()):
+        if not self._stopped(run, self._driver.progress()):
             self._driver.hold()
         run.cancelled = True
         return True
@@ -161,37 +161,37 @@ class TrajectoryGoals:
         """Look how the goal fares: feedback, and its end. To be called :data:`WATCH` times a second."""
         if (run := self._running) is None:
             return
-        motion = self._driver.motion()
+        progress = self._driver.progress()
         if run.cancelled:
             self._end(run, "SUCCESSFUL", "cancelled: the arm holds")  # the controller's result has this code, too
-        elif why := self._stopped(run, motion):
+        elif why := self._stopped(run, progress):
             self._end(run, "INVALID_GOAL", why)
         else:
-            self._watch(run, motion)
+            self._watch(run, progress)
 
-    def _stopped(self, run: _Running, motion: Motion) -> str:
+    def _stopped(self, run: _Running, progress: Progress) -> str:
         """Why the arm does not carry the goal out any more; empty: it does."""
         if self._driver.reflex:
             return f"reflex: {self._driver.reflex}"
-        return "another command came, or the arm was reset" if motion.command != run.command else ""
+        return "another command came, or the arm was reset" if progress.command != run.command else ""
 
-    def _watch(self, run: _Running, motion: Motion) -> None:
+    def _watch(self, run: _Running, progress: Progress) -> None:
         columns, feedback = self._trajectories.columns, self._action.Feedback()
-        desired = motion.targets[columns], motion.speeds[columns]
-        actual = motion.positions[columns], motion.velocities[columns]
+        desired = progress.targets[columns], progress.speeds[columns]
+        actual = progress.positions[columns], progress.velocities[columns]
         error = desired[0] - actual[0], desired[1] - actual[1]
         feedback.header.stamp, feedback.joint_names = self._stamp(), self._trajectories.joints
         for name, (positions, velocities) in (("desired", desired), ("actual", actual), ("error", error)):
             point = getattr(feedback, name)
             point.positions, point.velocities = positions.tolist(), velocities.tolist()
         run.handle.publish_feedback(feedback)
-        if motion.left > 0:
+        if progress.left > 0:
             if off := run.path.violation(self._trajectories.joints, *error):
                 self._driver.hold()
                 self._end(run, "PATH_TOLERANCE_VIOLATED", f"path tolerance: {off}")
         elif not (off := run.goal.violation(self._trajectories.joints, *error)):
             self._end(run, "SUCCESSFUL", "goal reached")
-        elif -motion.left > run.patience:
+        elif -progress.left > run.patience:
             self._end(run, "GOAL_TOLERANCE_VIOLATED", f"goal tolerance, {run.patience:g} s after the end: {off}")
 
     def _end(self, run: _Running, code: str, why: str) -> None:
