@@ -349,6 +349,28 @@ def test_a_student_of_less_noise_is_not_asked_from_more(teacher: str, tmp_path: 
         assert "distilled by same_noise from noise of scale 0.5" in capsys.readouterr().err
 
 
+def test_a_composition_asks_its_students_for_no_more_than_they_know(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    students = [str(tmp_path / name) for name in ("a", "b")]
+    for out in students:
+        assert main(["distill", teacher, "teacher_noise=.5", "--steps", "2", "--out", out, *SHORT]) == 0
+    both, more = str(tmp_path / "both"), str(tmp_path / "more")
+    assert main(["compose", *students, "--out", both]) == 0
+    assert main(["compose", both, students[0], "--out", more]) == 0
+    own = ["--episodes", "2", "--num-envs", "2"]
+    for composition in (both, more):
+        assert main(["eval", composition, *own, "--noise", ".4"]) == 0
+        for extra, said in ((["--noise", "1"], "from noise of scale 0.5"), (["--steps", "3"], "keep its 1 step(s)")):
+            capsys.readouterr()
+            assert main(["eval", composition, *own, *extra]) == 2
+            error = capsys.readouterr().err
+            assert f"'{composition}', of which '" in error
+            assert f"'{students[0]}" in error
+            assert "' was distilled by same_noise" in error
+            assert said in error
+
+
 # -- running -----------------------------------------------------------------------------------------------------------------
 
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from robopolicy.config import component
 from robopolicy.distill.methods.base import Method
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.errors import ConfigError
-from robopolicy.policy import Policy, read_provenance
+from robopolicy.policy import Policy
 from robopolicy.train.checkpoint import find_policy, read_document
 
 
@@ -28,11 +28,25 @@ def trained_times(provenance: Mapping[str, Any]) -> tuple[float, ...] | None:
 
 def check_walk(policy: Policy, checkpoint: str) -> None:
     """Raise ConfigError when ``policy``, made of ``checkpoint``, is walked through times at which its network was never trained,
-    or from more noise.
+    or from more noise. Of a composition: one of its parents' networks.
 
     That would run, and give any chunk at all.
     """
-    provenance = read_provenance(checkpoint)
+    document = read_document(find_policy(checkpoint) / "policy")
+    for name, config, provenance in _networks(f"'{checkpoint}'", document, document.get("provenance", {})):
+        _check(policy, name, config, provenance)
+
+
+def _networks(
+    name: str, document: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Name, config and provenance of a policy and of its parents, and theirs, as far as it says where they come from."""
+    yield name, document["config"], provenance
+    for part, origin in zip(document.get("parents", ()), provenance.get("parents", ()), strict=False):
+        yield from _networks(f"{name}, of which '{origin['checkpoint']}'", part, origin["provenance"])
+
+
+def _check(policy: Policy, name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     trained = trained_times(provenance)
     if trained is None:
         return
@@ -40,13 +54,13 @@ def check_walk(policy: Policy, checkpoint: str) -> None:
     strange = [t for t in policy.sampler.times(policy.path)[:-1] if all(abs(t - own) > 1e-6 for own in known)]
     if strange:
         raise ConfigError(
-            f"'{checkpoint}' was distilled by {provenance['method']['type']}: its network knows t = "
+            f"{name} was distilled by {provenance['method']['type']}: its network knows t = "
             f"{', '.join(f'{t:g}' for t in trained)}, and this sampler asks it at {strange[0]:.3g} too; keep its {len(trained)} "
             "step(s), or distil by reflow or ctm, which know every time"
         )
-    own = float(read_document(find_policy(checkpoint) / "policy")["config"].get("initial_noise", 1.0))
+    own = float(config.get("initial_noise", 1.0))
     if policy.config.initial_noise > own:
         raise ConfigError(
-            f"'{checkpoint}' was distilled by {provenance['method']['type']} from noise of scale {own:g}: its network knows no "
+            f"{name} was distilled by {provenance['method']['type']} from noise of scale {own:g}: its network knows no "
             f"more, and here it would start from {policy.config.initial_noise:g}; take {own:g} or less"
         )
