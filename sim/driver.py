@@ -156,7 +156,8 @@ class Driver:
             if self._last is None and self._before_reset(watched):
                 self.record.counts["ignored"] += 1
                 return
-            last = self._last if self._last is not None and self._path is None else self._set[self._watched]
+            leaves = self._last is None or self._path is not None  # a trajectory: from where the arm is
+            last = self._set[self._watched] if leaves else self._last
             if self._trips(np.abs(watched - last)[None], np.array([max(now - self._last_time, self._period)]), REFLEX_STEP):
                 return
             self.record.command(now, watched)

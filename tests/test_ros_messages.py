@@ -269,6 +269,16 @@ def test_the_same_to_the_bit_again_and_again_is_told_from_what_moves_by_one() ->
     assert blind.unchanged == 0.0
 
 
+def test_a_driver_that_hands_out_its_old_buffers_in_turn_says_nothing_new() -> None:
+    buffers = np.random.default_rng(0).integers(0, 255, (4, 48, 64, 3), np.uint8)
+    inputs: Slot[Any] = Slot("front", CLOCK, lambda message: message.picture, compared=True)
+    found = []
+    for k, index in enumerate([0, 1, 2, 0, 1, 2, 0, 1, 3, 0]):
+        inputs.accept(SimpleNamespace(picture=buffers[index].copy()), 10.0 + k)
+        found.append(inputs.unchanged)
+    assert found == [0, 0, 0, 1, 2, 3, 4, 5, 0, 0]
+
+
 @pytest.mark.parametrize("given", [("m", {"publisher_gid": {"data": b"ab"}}), (("m", {"publisher_gid": {"data": b"ab"}}),)])
 def test_whoever_hands_over_a_message_its_origin_is_found(given: tuple[Any, ...]) -> None:
     seen: list[Any] = []
