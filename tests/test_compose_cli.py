@@ -139,13 +139,16 @@ def test_a_search_chooses_on_some_seeds_and_tests_on_others(
     assert (tmp_path / "eval" / "composition" / "eval.json").exists()
 
 
-def test_a_scale_of_guidance_is_found_beyond_the_first_parent(parents: list[str], tmp_path: Path) -> None:
+def test_a_scale_of_guidance_is_found_beyond_the_first_parent(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ["--points", "3", "--search-episodes", "3", "--episodes", "3", "--num-envs", "3"]
     assert main(["compose", *parents, "--rule", "guidance", "--search", *settings, "--out", str(tmp_path)]) == 0
     value = json.loads((tmp_path / "compose.json").read_text())
     assert [point["weights"] for point in value["search"]["points"]] == [[1, 0], [2, -1], [3, -2]]
     assert value["predicted"] is None
     assert not any("equal" in control["name"] for control in value["test"]["controls"])
+    assert ("parent A alone" in capsys.readouterr().out) == (value["weights"] == [1, 0])
     assert load_policy(tmp_path).config.rule == "guidance"  # type: ignore[attr-defined]
 
 

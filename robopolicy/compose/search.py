@@ -72,6 +72,9 @@ class Outcome:
                 + ("   <- chosen" if point is self.chosen else "")
                 for point in self.points
             ]
+        if self.policy.config.rule != "product" and (1.0 in self.chosen.weights):
+            only = _label(self.chosen.weights.index(1.0))
+            lines.append(f"the best is parent {only} alone: this composition is that policy; keep the parent")
         if self.prediction is not None:
             lines.append(f"weights found {_said(self.chosen.weights)}, predicted {_said(self.prediction.weights)}")
         lines += [
