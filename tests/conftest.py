@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from rig import Stand
     from ros import Sandbox
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -59,3 +60,41 @@ def ros_module() -> Iterator["Sandbox"]:
 
     with sandbox() as box:
         yield box
+
+
+@pytest.fixture(scope="module")
+def bench(ros_module: "Sandbox", tmp_path_factory: pytest.TempPathFactory) -> Iterator["Stand"]:
+    """A policy node and its driver, shared by the tests of a file; see tests/rig.py."""
+    from rig import Stand
+
+    stand = Stand(ros_module, tmp_path_factory.mktemp("policies"))
+    yield stand
+    stand.close()
+
+
+@pytest.fixture
+def stand(bench: "Stand") -> Iterator["Stand"]:
+    """Inactive, the arm at home, nothing sent."""
+    bench.driver.alive = True
+    bench.driver.put()
+    if bench.rig.node.lifecycle == "unconfigured":
+        assert bench.rig.to("configure"), bench.rig.node.refused
+    bench.driver.commands.clear()
+    yield bench
+    if bench.rig.node.lifecycle == "active":
+        assert bench.rig.to("deactivate")
+    bench.rig.call("reset")
+
+
+@pytest.fixture
+def active(stand: "Stand") -> "Stand":
+    assert stand.rig.to("activate")
+    stand.driver.commands.clear()
+    return stand
+
+
+@pytest.fixture
+def running(active: "Stand") -> "Stand":
+    active.start()
+    active.ros.until(lambda: len(active.driver.commands) > 20, what="commands")
+    return active

@@ -1,4 +1,4 @@
-"""A policy node in this process, and a driver that does what tests tell it: both over real ROS."""
+"""A policy node in this process, and a driver that does what tests tell it: both over real ROS. Fixtures: conftest.py."""
 
 import json
 import random
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped
+from rclpy.qos import QoSProfile
 from ros import Sandbox
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64, Float64MultiArray, String
@@ -148,3 +150,44 @@ class Rig:
 
     def mode(self, mode: str) -> dict[str, str]:
         return self.until(lambda told: told["mode"] == mode)
+
+
+class Stand:
+    """A configured node, its driver, and two checkpoints."""
+
+    def __init__(self, ros: Sandbox, folder: Path) -> None:
+        save_policy(folder / "first")
+        save_policy(folder / "second", ahead=(0.45, 0.1, 0.2, 0.0, 0.06))
+        self.ros, self.folder, self.driver = ros, folder, Driver()
+        self.rig = Rig(ros, checkpoint=str(folder / "first"), inference="thread", ready_timeout=5.0)
+
+    def start(self) -> None:
+        """~/start, granted; again where a busy computer delivers states late."""
+
+        def granted() -> bool:
+            ok, message = self.rig.call("start")
+            assert message == "policy begins" or message.startswith("stale"), message
+            return ok
+
+        self.ros.until(granted, what="a start")
+
+    def sent(self) -> list[np.ndarray]:
+        return [command for _, command in self.driver.commands]
+
+    def still(self) -> None:
+        """Until the set point rests; it goes on being sent."""
+        self.ros.until(lambda: len(self.sent()) > 20 and np.ptp(self.sent()[-20:], axis=0).max() < 1e-9, what="rest")
+
+    def silent(self) -> bool:
+        """Whether no command comes for a while."""
+        count = len(self.sent())
+        self.ros.spin(0.3)
+        return len(self.sent()) == count
+
+    def diagnosis(self, name: str) -> Any:
+        array = self.ros.message(DiagnosticArray, "/diagnostics", qos=QoSProfile(depth=10))
+        return next(status for status in array.status if status.name == f"{NAME}: {name}")
+
+    def close(self) -> None:
+        self.rig.close()
+        self.driver.close()

@@ -7,91 +7,22 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.lifecycle import LifecycleNode
-from rclpy.qos import QoSProfile, qos_profile_sensor_data
-from rig import HOME, JOINTS, PROFILE, Driver, Rig, save_policy
+from rig import HOME, JOINTS, PROFILE, Driver, Stand, save_policy
 from ros import Sandbox
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Bool, Float64MultiArray
+from std_msgs.msg import Bool
 
-from hardware.ros2.contract import COMMAND, LATCHED, SIGNAL
+from hardware.ros2.contract import SIGNAL
 from hardware.ros2.parameters import NodeConfig, descriptor
 from hardware.ros2.policy_node import NAME, PolicyNode
 
 PERIOD = 1.0 / PROFILE.rate
-
-
-class Stand:
-    """A configured node, its driver, and two checkpoints."""
-
-    def __init__(self, ros: Sandbox, folder: Path) -> None:
-        save_policy(folder / "first")
-        save_policy(folder / "second", ahead=(0.45, 0.1, 0.2, 0.0, 0.06))
-        self.ros, self.folder, self.driver = ros, folder, Driver()
-        self.rig = Rig(ros, checkpoint=str(folder / "first"), inference="thread", ready_timeout=5.0)
-
-    def sent(self) -> list[np.ndarray]:
-        return [command for _, command in self.driver.commands]
-
-    def still(self) -> None:
-        """Until the set point rests; it goes on being sent."""
-        self.ros.until(lambda: len(self.sent()) > 20 and np.ptp(self.sent()[-20:], axis=0).max() < 1e-9, what="rest")
-
-    def silent(self) -> bool:
-        """Whether no command comes for a while."""
-        count = len(self.sent())
-        self.ros.spin(0.3)
-        return len(self.sent()) == count
-
-    def diagnosis(self, name: str) -> Any:
-        array = self.ros.message(DiagnosticArray, "/diagnostics", qos=QoSProfile(depth=10))
-        return next(status for status in array.status if status.name == f"{NAME}: {name}")
-
-    def close(self) -> None:
-        self.rig.close()
-        self.driver.close()
-
-
-@pytest.fixture(scope="module")
-def bench(ros_module: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
-    stand = Stand(ros_module, tmp_path_factory.mktemp("policies"))
-    yield stand
-    stand.close()
-
-
-@pytest.fixture
-def stand(bench: Stand) -> Iterator[Stand]:
-    """Inactive, the arm at home, nothing sent."""
-    bench.driver.alive = True
-    bench.driver.put()
-    if bench.rig.node.lifecycle == "unconfigured":
-        assert bench.rig.to("configure"), bench.rig.node.refused
-    bench.driver.commands.clear()
-    yield bench
-    if bench.rig.node.lifecycle == "active":
-        assert bench.rig.to("deactivate")
-    bench.rig.call("reset")
-
-
-@pytest.fixture
-def active(stand: Stand) -> Stand:
-    assert stand.rig.to("activate")
-    stand.driver.commands.clear()
-    return stand
-
-
-@pytest.fixture
-def running(active: Stand) -> Stand:
-    active.ros.until(lambda: active.rig.call("start") == (True, "policy begins"), what="a start")  # states may be late
-    active.ros.until(lambda: len(active.driver.commands) > 20, what="commands")
-    return active
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------------------
@@ -256,58 +187,6 @@ def test_a_start_unlike_the_training_data_is_refused_and_names_the_joint(active:
     assert active.sent() == []
 
 
-def test_a_second_master_on_the_command_topic_is_refused(active: Stand) -> None:
-    other = active.ros.node.create_publisher(Float64MultiArray, PROFILE.command.topic, COMMAND.to_ros())
-    active.ros.until(lambda: active.rig.node.robot.rivals(), what="discovery of the other")  # type: ignore[union-attr]
-    ok, message = active.rig.call("start")
-    assert active.diagnosis("node").message.startswith("active: 2 nodes publish on")  # also of one that comes later
-    active.ros.node.destroy_publisher(other)
-    assert not ok
-    assert "2 nodes publish on '/forward_position_controller/commands'" in message
-    active.ros.until(lambda: not active.rig.node.robot.rivals(), what="its end")  # type: ignore[union-attr]
-    assert active.rig.call("start")[0]
-
-
-def test_a_second_master_that_comes_while_the_arm_moves_stops_it(running: Stand) -> None:
-    other = running.ros.node.create_publisher(Float64MultiArray, PROFILE.command.topic, COMMAND.to_ros())
-    cause = running.rig.mode("stopped")["cause"]
-    assert cause.startswith("2 nodes publish on '/forward_position_controller/commands': ")
-    assert f"{NAME}_io" in cause
-    assert running.ros.node.get_name() in cause
-    running.still()
-    running.ros.node.destroy_publisher(other)
-    running.ros.until(lambda: not running.rig.node.robot.rivals(), what="its end")  # type: ignore[union-attr]
-    running.ros.spin(0.5)
-    assert running.rig.told[-1]["mode"] == "stopped"  # a person starts it again
-
-
-def test_joint_states_of_ours_from_a_second_node_stop_the_arm_and_those_of_others_do_not(running: Stand) -> None:
-    """Grippers publish on joint_states, too."""
-    second = running.ros.node.create_publisher(JointState, "joint_states", SIGNAL.to_ros())
-
-    def publish(names: list[str]) -> None:
-        message = JointState(name=names, position=[0.1] * len(names))
-        message.header.stamp = running.ros.node.get_clock().now().to_msg()
-        second.publish(message)
-
-    def say(names: list[str], seconds: float) -> None:
-        timer = running.ros.node.create_timer(0.02, lambda: publish(names))
-        running.ros.spin(seconds)
-        running.ros.node.destroy_timer(timer)
-
-    say(["another_gripper"], 1.0)
-    assert running.rig.told[-1]["mode"] == "running"
-    timer = running.ros.node.create_timer(0.02, lambda: publish(list(PROFILE.joint_names)))
-    running.rig.mode("stopped")
-    running.ros.until(lambda: "where our joints are" in running.diagnosis("node").message, what="diagnostics")
-    ok, message = running.rig.call("start")
-    running.ros.node.destroy_timer(timer)
-    running.ros.node.destroy_publisher(second)
-    assert not ok
-    assert message.startswith("2 nodes say on '/joint_states' where our joints are: ")
-    assert "/driver" in message
-
-
 def test_enable_starts_and_stops(active: Stand) -> None:
     assert active.rig.enable(True) == (True, "policy begins")
     active.ros.spin(0.03)
@@ -356,80 +235,6 @@ def test_stale_joint_states_hold_the_arm_and_diagnostics_say_so(running: Stand) 
     assert running.rig.call("start")[0]
 
 
-def test_an_emergency_stop_latches_until_reset_and_then_start(running: Stand) -> None:
-    """Restart after a pause must not happen by itself."""
-    rig = running.rig
-    assert rig.call("estop")[0]
-    running.still()
-    assert rig.mode("estopped")["cause"] == "estop asked"
-    assert rig.call("start") == (False, "estopped (asked): reset first, then start")
-    assert rig.enable(True)[0] is False
-    assert rig.call("home")[0] is False
-    assert rig.call("reset")[0]
-    rig.mode("stopped")
-    rest = running.sent()[-1]
-    running.ros.spin(0.3)
-    np.testing.assert_array_equal(running.sent()[-1], rest)
-    assert rig.call("start")[0]
-
-
-def test_an_emergency_stop_outlives_deactivate_cleanup_and_configure(running: Stand) -> None:
-    rig = running.rig
-    assert rig.call("estop")[0]
-    assert rig.to("deactivate", "cleanup", "configure", "activate")
-    assert rig.mode("estopped")
-    assert rig.call("start")[0] is False
-    assert rig.call("reset")[0]
-    assert rig.call("start")[0]
-
-
-@pytest.mark.parametrize("quality", [SIGNAL.to_ros(), LATCHED.to_ros(), qos_profile_sensor_data], ids=["cli", "latched", "fast"])
-def test_the_emergency_stop_topic_is_heard_whatever_its_publisher_promises(running: Stand, quality: QoSProfile) -> None:
-    """A mismatch of quality of service is silent."""
-    button = running.ros.node.create_publisher(Bool, "estop", quality)
-    running.ros.until(lambda: button.get_subscription_count() >= 1, what="discovery")
-    running.ros.spin(0.2)
-    for _ in range(3):
-        button.publish(Bool(data=True))
-    running.rig.mode("estopped")
-    ok, message = running.rig.call("reset")
-    assert not ok
-    assert f"{running.ros.node.get_name()} still says pressed on '/estop'" in message
-    for _ in range(3):
-        button.publish(Bool(data=True))
-        button.publish(Bool(data=False))  # a press is heard though its release follows; a button that is let go releases nothing
-    running.ros.spin(0.2)
-    assert running.rig.told[-1]["mode"] == "estopped"
-    running.ros.node.destroy_publisher(button)
-    assert running.rig.call("reset")[0]
-
-
-def test_a_button_that_is_gone_while_pressed_keeps_the_stop(active: Stand) -> None:
-    button = active.ros.node.create_publisher(Bool, "estop", LATCHED.to_ros())
-    active.ros.until(lambda: button.get_subscription_count() >= 1, what="discovery")
-    button.publish(Bool(data=True))
-    active.rig.mode("estopped")
-    active.ros.node.destroy_publisher(button)
-    active.ros.until(lambda: "nobody publishes it any more" in active.rig.call("reset")[1], what="the end of the button")
-    again = active.ros.node.create_publisher(Bool, "estop", LATCHED.to_ros())
-    again.publish(Bool(data=False))
-    active.ros.until(lambda: active.rig.call("reset")[0], what="a release")
-    active.ros.node.destroy_publisher(again)
-
-
-def test_a_reset_alone_moves_nothing_though_the_node_starts_by_itself(stand: Stand) -> None:
-    assert stand.rig.set(autostart=True) == []
-    assert stand.rig.call("estop")[0]
-    assert stand.rig.to("activate")
-    stand.ros.spin(1.2)  # it would try once a second
-    assert stand.rig.call("reset")[0]
-    stand.ros.spin(1.5)
-    assert stand.sent() == []
-    assert stand.rig.call("start")[0]
-    stand.rig.mode("running")
-    assert stand.rig.set(autostart=False) == []
-
-
 def test_it_starts_by_itself_once_and_only_once(stand: Stand) -> None:
     """Whoever else starts it meanwhile, and whatever stops it then: a person starts it again."""
     stand.driver.alive = False
@@ -457,12 +262,6 @@ def test_a_stop_waits_for_no_start_that_waits_for_its_plan(active: Stand, monkey
     active.rig.mode("stopped")
 
 
-def test_an_emergency_stop_while_inactive_counts(stand: Stand) -> None:
-    assert stand.rig.call("estop")[0]
-    assert stand.rig.to("activate")
-    assert stand.rig.call("start") == (False, "estopped (asked): reset first, then start")
-
-
 def test_deactivate_ends_the_policy_first_then_comes_to_rest_then_is_silent(running: Stand) -> None:
     """A stop that is sent while the policy still runs is followed by a stale action."""
     running.ros.spin(0.5)
@@ -485,38 +284,9 @@ def test_after_an_activation_control_begins_where_the_arm_is(running: Stand) -> 
     running.ros.spin(0.1)
     running.driver.commands.clear()
     assert running.rig.to("activate")
-    running.ros.until(lambda: running.rig.call("start") == (True, "policy begins"), what="a start")
+    running.start()
     running.ros.until(lambda: len(running.sent()) > 3)
     assert abs(running.sent()[0][0] - 0.4) < 0.005
-
-
-@pytest.fixture
-def watched(stand: Stand) -> Iterator[Stand]:
-    """Active, by a profile in which a cube that lies still without noise is a dead sensor."""
-    profile = stand.folder / "noisy.yaml"
-    profile.write_text("base: virtual\ninputs: {cube: {stuck: 0.3}}\n")
-    assert stand.rig.to("cleanup")
-    assert stand.rig.set(profile=str(profile)) == []
-    stand.driver.noise = 1e-9
-    assert stand.rig.to("configure", "activate")
-    yield stand
-    stand.driver.noise = 0.0
-    assert stand.rig.to("deactivate", "cleanup")
-    assert stand.rig.set(profile="virtual") == []
-
-
-def test_a_sensor_that_says_the_same_for_ever_holds_the_arm(watched: Stand) -> None:
-    """Its stamps are new."""
-    watched.ros.until(lambda: watched.rig.call("start") == (True, "policy begins"), what="a start")
-    watched.rig.mode("running")
-    watched.driver.noise = 0.0
-    watched.rig.until(lambda told: told["mode"] == "holding" and told["cause"].startswith("stuck cube: "))
-    assert watched.rig.mode("stopped")["cause"].startswith("stuck cube: ")
-    watched.still()
-    ok, message = watched.rig.call("start")
-    assert not ok
-    assert message.startswith("stuck cube: ")
-    assert "restart that sensor" in message
 
 
 # ---- deadman, shadow, swap -----------------------------------------------------------------------------------------------------
@@ -530,8 +300,8 @@ def test_the_deadman_lets_it_move_and_stops_it(stand: Stand) -> None:
     assert "deadman" in message
     hand = stand.ros.node.create_publisher(Bool, "deadman", SIGNAL.to_ros())
     timer = stand.ros.node.create_timer(0.03, lambda: hand.publish(Bool(data=True)))
-    stand.ros.until(lambda: "deadman" in stand.diagnosis("control").message or _pressed(stand), what="the deadman to be seen")
-    stand.ros.until(lambda: stand.rig.call("start")[0], what="a start")
+    stand.ros.until(lambda: _pressed(stand), what="the deadman to be seen")
+    stand.start()
     stand.rig.mode("running")
     timer.cancel()  # the hand is gone, and says nothing
     assert "deadman" in stand.rig.until(lambda told: told["mode"] == "stopped")["cause"]
