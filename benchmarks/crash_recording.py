@@ -55,7 +55,7 @@ def record(path: Path) -> None:
             if len(episodes) % 2:
                 index = episodes.append(episode)
             else:
-                with EpisodeWriter(episodes, block=16) as writer:
+                with EpisodeWriter(episodes, block=16, wait=True) as writer:
                     for step in range(len(episode["action"])):
                         writer.add({name: value[step] for name, value in episode.items()})
                     index = writer.commit()

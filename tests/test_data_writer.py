@@ -131,6 +131,43 @@ def test_add_does_not_wait_for_a_slow_disk_and_gives_up_when_too_much_waits(
     assert Episodes.open(episodes.path).ends.tolist() == [1]
 
 
+def test_steps_from_files_wait_for_a_slow_disk(episodes: Episodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    real = episodes.extend
+
+    def slow(block: Any) -> None:
+        release.wait(30)
+        real(block)
+
+    monkeypatch.setattr(episodes, "extend", slow)
+    steps = [make_step(np.random.default_rng(seed)) for seed in range(64)]
+    with EpisodeWriter(episodes, block=2, max_blocks=1, wait=True) as writer:
+        timer = threading.Timer(0.3, release.set)
+        timer.start()
+        for step in steps:
+            writer.add(step)
+        assert release.is_set(), "it has waited"
+        assert writer.commit() == 0
+        timer.cancel()
+    assert Episodes.open(episodes.path).ends.tolist() == [64]
+
+
+def test_waiting_ends_with_a_disk_that_fails(episodes: Episodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(block: Any) -> None:
+        raise DataError("No space left")
+
+    monkeypatch.setattr(episodes, "extend", full)
+    rng = np.random.default_rng(0)
+    with EpisodeWriter(episodes, block=2, max_blocks=1, wait=True) as writer:
+        for _ in range(64):
+            try:
+                writer.add(make_step(rng))
+            except DataError:
+                break
+        with pytest.raises(DataError, match="No space left"):
+            writer.commit()
+
+
 def test_a_full_disk_is_reported_by_the_next_call_and_costs_one_episode(
     episodes: Episodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ def import_bags(
     """
     robot = load_profile(profile)
     about = {"source": "bags", "profile": profile, "bags": [str(path) for path in paths]}
-    recording = Recording(out, make_model(robot), robot.safety, config, about)
+    recording = Recording(out, make_model(robot), robot.safety, config, about, offline=True)
     done: dict[Path, Ended] = {}
     try:
         for path in paths:

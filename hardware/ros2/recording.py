@@ -89,6 +89,7 @@ class Recording:
         limits: Of the robot: ages from which an input counts as stale, and units.
         config: See :class:`RecordingConfig`.
         about: Kept with the data.
+        offline: What comes has been stored before, and may wait for the disk. Live, waiting would lose what comes meanwhile.
 
     Attributes:
         model: Of the robot.
@@ -110,6 +111,8 @@ class Recording:
         limits: SafetyLimits,
         config: RecordingConfig | None = None,
         about: Mapping[str, Any] | None = None,
+        *,
+        offline: bool = False,
     ) -> None:
         self.config, self.model, fresh = config or RecordingConfig(), model, limits.freshness
         if limits.names != tuple(model.names):
@@ -126,7 +129,7 @@ class Recording:
         units = ",".join(c.unit for c in limits.coordinates)
         self.path, features = Path(out), _features(model, units, self.sources, rate)
         self._episodes = _open(self.path, features, {**(about or {}), "action": self.config.action, **provenance()})
-        self._writer = EpisodeWriter(self._episodes, block=self.config.block)
+        self._writer = EpisodeWriter(self._episodes, block=self.config.block, wait=offline)
         self._due: float | None = None  # of the next row [s]; None: not recording
         self._ended: Ended | None = None
         self.steps, self.success = 0, False

@@ -29,11 +29,12 @@ class EpisodeWriter:
         episodes: The store; append to it through this writer only, while it lives.
         block: Steps per block.
         max_blocks: Blocks that may wait for the disk before ``add`` gives up.
+        wait: Then wait for the disk instead: of steps that come from files, which time does not lose.
     """
 
-    def __init__(self, episodes: Episodes, block: int = 32, max_blocks: int = 32) -> None:
+    def __init__(self, episodes: Episodes, block: int = 32, max_blocks: int = 32, *, wait: bool = False) -> None:
         self._episodes = episodes
-        self._size = block
+        self._size, self._wait = block, wait
         self._queue: queue.Queue[_Block | _Request] = queue.Queue()
         self._waiting = threading.Semaphore(max_blocks)
         self._block: _Block = {}
@@ -44,7 +45,7 @@ class EpisodeWriter:
         self._thread.start()
 
     def add(self, step: Mapping[str, np.ndarray]) -> None:
-        """Add one time step, every feature ``[*shape]``. Never waits for the disk.
+        """Add one time step, every feature ``[*shape]``. Never waits for the disk, unless asked to.
 
         Raises:
             DataError: A feature is missing, unknown, of the wrong shape or dtype, or not finite (the step is not added); or an
@@ -102,7 +103,7 @@ class EpisodeWriter:
             ) from self._error
 
     def _hand_over(self) -> None:
-        if not self._waiting.acquire(blocking=False):
+        if not self._waiting.acquire(blocking=self._wait):
             self._error = DataError(f"'{self._episodes.path}': the disk is too slow for this rate and image size")
             self._raise_error()
         block = {name: values[: self._filled] for name, values in self._block.items()}
