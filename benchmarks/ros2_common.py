@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -57,34 +57,17 @@ def program(main: Callable[[], int]) -> NoReturn:
 
 def wanderer(folder: Path, image: bool) -> Path:
     """A checkpoint that moves the arm about, and has every input of the task lift; ``image``: it sees the camera, too."""
-    actions = np.random.default_rng(0).uniform(*_WANDERS, (500, 5))
-    untrained(folder, actions, WANDERER_TASK if image else {}, n_action_steps=8)
-    return folder
-
-
-def untrained(
-    folder: Path, actions: np.ndarray, task_args: Mapping[str, Any] | None = None, n_action_steps: int = 4, **provenance: Any
-) -> Policy:
-    """A policy of the task lift that was never trained: saved in ``folder``.
-
-    Args:
-        folder: For the checkpoint.
-        actions: It commands what lies between the smallest and the largest of these ``[N, A]``, wherever the arm is.
-        task_args: Of the task.
-        n_action_steps: Of its chunks of 16 rows.
-        **provenance: Of the checkpoint.
-    """
-    arm = SimArm("lift", SystemClock(), **(task_args or {}))
+    task_args = WANDERER_TASK if image else {}
+    arm, rng = SimArm("lift", SystemClock(), **task_args), np.random.default_rng(0)
     arm.reset(0)
-    rng = np.random.default_rng(0)
     values = {name: value for name, value in arm.observe().values.items() if value.dtype != np.uint8}
     normalizers = {name: Normalizer.fit(value + rng.uniform(-1.0, 1.0, (500, value.size))) for name, value in values.items()}
-    normalizers["action"] = Normalizer.fit(actions)
-    net = {"horizon": 16, "n_action_steps": n_action_steps, "net": {"type": "mlp", "width": 16, "depth": 1}}
+    normalizers["action"] = Normalizer.fit(np.random.default_rng(0).uniform(*_WANDERS, (500, 5)))
+    net = {"horizon": 16, "n_action_steps": 8, "net": {"type": "mlp", "width": 16, "depth": 1}}
     config = parse(PolicyConfig, {**net, "sampler": {"type": "euler", "num_steps": 1}})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         policy = Policy(config, arm.observation_features, arm.action_feature, normalizers)
     arm.close()
-    policy.save(folder, {"task": {"name": "lift", "args": dict(task_args or {})}, **provenance})
-    return policy.eval()
+    policy.save(folder, {"task": {"name": "lift", "args": dict(task_args)}})
+    return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped
 from rclpy.qos import QoSProfile
@@ -18,13 +19,15 @@ from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
-from benchmarks.ros2_common import untrained
 from hardware.ros2.contract import COMMAND, LATCHED, STATE_OUT
 from hardware.ros2.policy_node import NAME, PolicyNode
 from hardware.ros2.profile import load_profile
 from hardware.ros2.runtime import Ros, RosClock
+from robopolicy.config import parse
+from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.clock import SystemClock, Ticker
-from robopolicy.policy import Policy
+from robopolicy.policy import Policy, PolicyConfig
+from sim.arm.robot import SimArm
 
 PROFILE = load_profile("virtual")
 HOME = PROFILE.home_positions
@@ -35,7 +38,19 @@ CUBE = (0.45, 0.05, 0.02)
 
 def save_policy(folder: Path, ahead: tuple[float, ...] = (0.5, 0.0, 0.15, 0.0, 0.06), **provenance: Any) -> Policy:
     """A policy of the task lift that was never trained: it goes ``ahead``, wherever it is; home is familiar to it."""
-    return untrained(folder, np.array(ahead) + np.linspace(-1e-3, 1e-3, 200)[:, None], **provenance)
+    arm, rng = SimArm("lift", SystemClock()), np.random.default_rng(0)
+    arm.reset(0)
+    values = arm.observe().values
+    normalizers = {name: Normalizer.fit(value + rng.uniform(-1.0, 1.0, (500, value.size))) for name, value in values.items()}
+    normalizers["action"] = Normalizer.fit(np.array(ahead) + np.linspace(-1e-3, 1e-3, 200)[:, None])
+    net = {"horizon": 16, "n_action_steps": 4, "net": {"type": "mlp", "width": 16, "depth": 1}}
+    config = parse(PolicyConfig, {**net, "sampler": {"type": "euler", "num_steps": 1}})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(config, arm.observation_features, arm.action_feature, normalizers)
+    arm.close()
+    policy.save(folder, {"task": {"name": "lift", "args": {}}, **provenance})
+    return policy.eval()
 
 
 class Driver:

@@ -55,7 +55,8 @@ class Policy(LifecycleNode):
     def told(self, name, answer):
         print("called", name, flush=True)
         if name == "home":
-            time.sleep(5.0)
+            while not told:
+                time.sleep(0.05)
             print("home at last", flush=True)
         answer.success, answer.message = True, f"I {name}"
         return answer
@@ -186,7 +187,12 @@ def test_a_node_of_the_name_that_comes_later_is_not_started(ros: Sandbox, system
             assert any("policy runs" in line for line in process.stdout)
             theirs = ros.start("stand_in_policy")
             ros.until(lambda: ros.node.get_node_names().count("stand_in_policy") == 2, 40, "their node")
-            time.sleep(4.0)  # the supervisor discovers it, too: nodes announce themselves every 3 s
+            found = False
+            while not found:  # by the supervisor, too: it refuses a parameter then, which starts nothing
+                process.stdin.write("policy set bad false\n")
+                process.stdin.flush()
+                answer = next(line for line in process.stdout if "bad is " in line or "policy set: " in line)
+                found = "two nodes are called" in answer
             process.stdin.write("start\n")
             process.stdin.flush()
             said = next(line for line in process.stdout if "start: " in line)
