@@ -24,6 +24,7 @@ from hardware.ros2.bagfile import BagError, BagWriter, Message, Storage, open_ba
 from hardware.ros2.contract import COMMAND, LATCHED, STATE_OUT
 from hardware.ros2.deployment import DeployConfig
 from hardware.ros2.imported import import_bags
+from hardware.ros2.recording import RecordingConfig
 from hardware.ros2.runtime import RosClock
 from hardware.ros2.shadow import shadow
 from robopolicy import cli
@@ -248,6 +249,20 @@ def test_imported_episodes_are_what_the_simulator_observed(tmp_path: Path) -> No
     assert np.min(off, axis=0).max() < 1e-9  # the command of that tick, or, where both are at the same time, the one before
     model = ArmModel("lift")
     np.testing.assert_allclose(stored["action"], [model.action_of(q) for q in stored["executed"]], atol=1e-6)
+
+
+def test_an_import_waits_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive(tmp_path / "bag", seconds=3.0)
+    real = Episodes.extend
+
+    def slow(store: Episodes, steps: dict[str, np.ndarray]) -> None:
+        time.sleep(0.03)
+        real(store, steps)
+
+    monkeypatch.setattr(Episodes, "extend", slow)
+    config = RecordingConfig(block=1, reserve=0)
+    (ended,) = import_bags([tmp_path / "bag"], tmp_path / "set.zarr", "virtual", config=config).values()
+    assert (ended.episode, ended.steps > 45) == (0, True), ended
 
 
 def test_an_import_that_gives_nothing_says_why(tmp_path: Path) -> None:
