@@ -1,8 +1,10 @@
 """The virtual arm over real ROS: a driver's topics, units and times; commands, reflexes, resets, faults, the record."""
 
 import json
+import logging
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from ros import Process, Sandbox
 
 from hardware.ros2.contract import COMMAND, LATCHED, message_type
 from hardware.ros2.faults import Faults
+from hardware.ros2.virtual_arm import VirtualArm
 
 JOINTS = [f"joint{i}" for i in range(1, 8)]
 STATE, TRIGGER = message_type("sensor_msgs/msg/JointState"), message_type("std_srvs/srv/Trigger")
@@ -225,6 +228,8 @@ def test_stuck_values_have_new_stamps(arm: Arm) -> None:
 def test_impossible_faults_are_refused_and_parameters_are_described(arm: Arm) -> None:
     assert arm.ros.set("virtual_arm", **{"faults.state.drop": 2.0}) != []
     assert "read-only" in arm.ros.set("virtual_arm", state_rate=100.0)[0]
+    assert "-3" in arm.ros.set("virtual_arm", seed=-3)[0]
+    arm.reset()
     names = arm.ros.call(message_type("rcl_interfaces/srv/ListParameters"), "virtual_arm/list_parameters").result.names
     for kind in ("state", "camera", "poses"):
         assert {f"faults.{kind}.{name}" for name in Faults.model_fields} <= set(names)
@@ -265,7 +270,28 @@ def test_ctrl_c_ends_it_and_the_record_is_kept(ros: Sandbox) -> None:
 
 
 def test_what_cannot_be_is_said_in_one_line(ros: Sandbox) -> None:
-    process = ros.start("hardware.ros2.virtual_arm", profile="virtul")
-    assert process.wait(30.0) == 2
-    assert "no profile 'virtul'" in process.output()
-    assert "Traceback" not in process.output()
+    processes = [ros.start("hardware.ros2.virtual_arm", **wrong) for wrong in ({"profile": "virtul"}, {"seed": -3})]
+    for process, said in zip(processes, ("no profile 'virtul'", "value: -3"), strict=True):
+        assert process.wait(30.0) == 2
+        assert said in process.output()
+        assert "Traceback" not in process.output()
+
+
+def test_a_service_that_fails_says_why_and_the_arm_lives_on() -> None:
+    answers: dict[str, Any] = {}
+    arm = VirtualArm.__new__(VirtualArm)
+    arm.node = SimpleNamespace(
+        create_service=lambda kind, name, answer: answers.update({name: answer}),
+        get_parameter=lambda name: SimpleNamespace(value=5),
+        get_logger=lambda: logging.getLogger("test"),
+    )
+
+    def broken(seed: int) -> None:
+        raise ValueError(f"no episode {seed}")
+
+    arm.driver = SimpleNamespace(reset=broken)  # type: ignore[assignment]
+    arm._faults = SimpleNamespace(clear=list)  # type: ignore[assignment]
+    arm.driver.reset_reflex = arm.driver.report = list  # type: ignore[method-assign,assignment]
+    arm._serve()
+    answer = answers["~/reset"](None, TRIGGER.Response())
+    assert (answer.success, answer.message) == (False, "ValueError: no episode 5")

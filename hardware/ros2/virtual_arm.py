@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class VirtualArmConfig(Config):
 
     profile: str = pydantic.Field("virtual", description="topics, joints and limits: a name of hardware/ros2/profiles, or a file")
     task: str = pydantic.Field("", description="what the arm stands in front of; empty: the profile's task, else lift")
-    seed: int = pydantic.Field(0, description="of the episode that ~/reset begins; may be changed at any time")
+    seed: int = pydantic.Field(0, ge=0, le=2**31 - 1, description="of the episode that ~/reset begins; may change at any time")
     state_rate: float = pydantic.Field(200.0, ge=1, le=500, description="of joint states [Hz]")
     pose_rate: float = pydantic.Field(100.0, ge=1, le=500, description="of the poses of objects [Hz]")
     cameras: bool = pydantic.Field(True, description="publish pictures; drawn only while somebody subscribes")
@@ -160,6 +161,9 @@ class VirtualArm:
                     response.message, response.success = does(), True
                 except RobopolicyError as error:
                     response.message, response.success = str(error), False
+                except Exception as error:  # of the physics: who asked is told, and the arm lives on
+                    self.node.get_logger().error(traceback.format_exc())
+                    response.message, response.success = f"{type(error).__name__}: {error}", False
                 return response
 
             self.node.create_service(trigger, f"~/{name}", answer)
@@ -257,6 +261,8 @@ def _world(profile: RosProfile, task: str) -> World:
 def main(argv: Sequence[str] | None = None) -> int:
     """The node, until Ctrl-C."""
     with Ros(list(sys.argv if argv is None else argv)) as ros:
+        from rclpy.exceptions import ParameterException
+
         node = ros.node("virtual_arm")
         clock = RosClock()
         try:
@@ -264,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 node.declare_parameter(name, field.default, describe(VirtualArmConfig, name, read_only=name != "seed"))
             values = {name: node.get_parameter(name).value for name in VirtualArmConfig.model_fields}
             arm = VirtualArm(node, parse(VirtualArmConfig, values, where="parameters"), clock)
-        except RobopolicyError as error:
+        except (RobopolicyError, ParameterException) as error:
             node.get_logger().fatal(str(error))
             return 2
         arm.start()
