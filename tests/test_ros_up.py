@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rig import save_policy
 from ros import Process, Sandbox
 
 from hardware.ros2 import up
@@ -234,6 +235,15 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
         for _ in range(2):
             read_until("arm set: refused")
         assert any("has no parameter 'lief': did you mean 'life'?" in line for line in seen)
+        assert any("'soon' is no value of life: give a number" in line for line in seen)
+        process.stdin.write("deactivate\npolicy cleanup\npolicy set bad true\nconfigure\n")
+        process.stdin.flush()
+        for text in ("policy deactivate: done", "policy cleanup: done", "policy: bad is True", "policy configure: refused: its"):
+            read_until(text)  # in the order in which they were typed, each after the one before
+        process.stdin.write("policy set bad false\nconfigure\nactivate\nstart\n")
+        process.stdin.flush()
+        for text in ("policy configure: done", "activated", "policy activate: done", "called start"):
+            read_until(text)
         process.stdin.write("home\n")
         process.stdin.flush()
         read_until("called home")
@@ -345,6 +355,41 @@ def test_mistakes_on_the_command_line_are_one_line(
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["profile=ur55"], "no profile 'ur55': did you mean 'ur5e'?"),
+        (["profile=ur5e"], "the policy was trained with shape (7,), the robot has (6,)"),
+        (["seed=-3"], "arm: key 'seed': Input should be greater than or equal to 0, found -3"),
+        (["checkpoint=outputs/nope"], "checkpoint 'outputs/nope' does not exist"),
+        (["checkpoint=CUT"], "is no complete safetensors file"),
+        (["executor=foo"], "unknown executor 'foo': valid: ensemble, latest, receding"),
+        (["executor={type: "], "executor={type: ': the value is not valid YAML"),
+        (["planner=rtx"], "unknown planner 'rtx': did you mean 'rti'?"),
+        (["planner={type: rti, stepps: 3}"], "stepps"),
+        (["record=x.zarr", "checkpoint=", "profile=ur55"], "no profile 'ur55'"),
+    ],
+)
+def test_what_could_not_be_configured_is_refused_before_the_arm_starts(
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Supervisor, "run", lambda _: pytest.fail("it starts"))
+    save_policy(tmp_path / "good")
+    save_policy(tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "policy.safetensors", 100)
+    words = [word.replace("CUT", str(tmp_path / "cut")) for word in arguments]
+    assert cli.main(["up", "virtual", f"checkpoint={tmp_path / 'good'}", *words]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_a_good_policy_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Supervisor, "run", lambda _: 0)
+    save_policy(tmp_path)
+    assert cli.main(["up", "virtual", f"checkpoint={tmp_path}", "planner={type: rti, t_start: 0.8}", "executor=ensemble"]) == 0
 
 
 def test_strangers_in_the_domain_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ TRIGGER, CHANGE_STATE = "std_srvs/srv/Trigger", "lifecycle_msgs/srv/ChangeState"
 SET_PARAMETERS = "rcl_interfaces/srv/SetParameters"
 GET_PARAMETERS, LIST_PARAMETERS = "rcl_interfaces/srv/GetParameters", "rcl_interfaces/srv/ListParameters"
 _DOUBLE, _STRING = 3, 4  # rcl_interfaces/msg/ParameterType
+_KINDS = {1: "true or false", 2: "a whole number", _DOUBLE: "a number", _STRING: "a text"}
 
 
 def until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -90,5 +91,10 @@ def set_text(node: Any, other: str, name: str, text: str, timeout: float = ANSWE
         value = float(value)
     if not isinstance(value, bool | int | float | str):
         raise RosError(f"'{text}' is no value of {name}: give a number, true, false or a text")
-    set_parameter(node, other, name, value, timeout)
+    try:
+        set_parameter(node, other, name, value, timeout)
+    except RosError as error:
+        if "Wrong parameter type" in str(error) and kind in _KINDS:  # rclpy says it in numbers
+            raise RosError(f"'{text}' is no value of {name}: give {_KINDS[kind]}") from error
+        raise
     return value

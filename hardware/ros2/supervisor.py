@@ -32,6 +32,7 @@ FOUND = 10.0  # [s] for a service that was typed to be found
 CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
 ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
 HALTS = ("stop", "estop")  # wanted whoever else there is
+TRANSITIONS = ("configure", "activate", "deactivate", "cleanup")  # of a lifecycle node; none of them moves the arm
 FIRST_CODE = 10  # exit code when the first process dies; the second: one more
 _PR_SET_PDEATHSIG = 1
 
@@ -124,7 +125,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
-        self._setting: list[threading.Thread] = []  # parameters that were typed
+        self._changing: list[threading.Thread] = []  # parameters and transitions that were typed
 
     def run(self) -> int:
         """The exit code."""
@@ -260,6 +261,7 @@ class Supervisor:
 
     def _typed(self, line: str) -> None:
         """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one; ``PROCESS set NAME VALUE``.
+        A lifecycle node's transitions are typed as services are.
 
         Nothing waits for the answer: an `estop` must not stand in line behind a `start` that takes its time.
         """
@@ -269,10 +271,7 @@ class Supervisor:
             case [name, "set", parameter, value] if process := next(
                 (p for p in self._processes if p.node and p.name == name), None
             ):
-                self._setting.append(
-                    threading.Thread(target=self._set, args=(process, parameter, value, [*self._setting]), daemon=True)
-                )
-                self._setting[-1].start()
+                self._change(process, "set", partial(self._set, process, parameter, value))
                 return
         *names, service = line.split() or [""]
         for process in reversed(self._processes):
@@ -280,29 +279,47 @@ class Supervisor:
                 client = self._node.create_client(Trigger, f"{process.node}/{service}")
                 self._asked.append((process, service, client, time.monotonic() + FOUND))
                 return
+            if process.lifecycle is not None and service in TRANSITIONS and names in ([], [process.name]):
+                self._change(process, service, partial(self._pass, process, service))
+                return
         if line:
             offered = [f"{p.name} {service}" for p in self._processes for service in p.services]
+            offered += [f"{p.name} {name}" for p in self._processes if p.lifecycle is not None for name in TRANSITIONS]
             offered += [f"{p.name} set PARAMETER VALUE" for p in self._processes if p.node]
             say(f"'{line}' is none of: {', '.join(offered) or 'nothing can be typed here'}")
 
-    def _set(self, process: Process, name: str, text: str, before: Sequence[threading.Thread]) -> None:
-        """A parameter; in a thread, because it waits for answers. What was typed ``before`` is set before."""
-        for thread in before:
-            thread.join()
-        try:
-            self._alone(process)
-            say(f"{process.name}: {name} is {set_text(self._node, process.node, name, text)} now")
-        except RosError as error:
-            say(f"{process.name} set: refused: {error}")
+    def _change(self, process: Process, what: str, work: Callable[[], None]) -> None:
+        """A parameter or a transition; in a thread, because it waits for answers. What was typed before is done before."""
+        before = [*self._changing]
+
+        def change() -> None:
+            for thread in before:
+                thread.join()
+            try:
+                self._alone(process)
+                work()
+            except RosError as error:
+                say(f"{process.name} {what}: refused: {error}")
+
+        self._changing.append(threading.Thread(target=change, daemon=True))
+        self._changing[-1].start()
+
+    def _set(self, process: Process, name: str, text: str) -> None:
+        say(f"{process.name}: {name} is {set_text(self._node, process.node, name, text)} now")
+
+    def _pass(self, process: Process, transition: str) -> None:
+        if not change_state(self._node, process.node, transition, CONFIGURE):
+            raise RosError("its lines above say why")
+        say(f"{process.name} {transition}: done")
 
     def _ask(self) -> None:
         """Call what was typed, as soon as it is found."""
         from std_srvs.srv import Trigger
 
         waiting = []
-        self._setting = [thread for thread in self._setting if thread.is_alive()]
+        self._changing = [thread for thread in self._changing if thread.is_alive()]
         for process, service, client, end in self._asked:
-            if self._setting and service not in HALTS:  # `arm set seed 5`, then `arm reset`: in their order
+            if self._changing and service not in HALTS:  # `arm set seed 5`, then `arm reset`: in their order
                 waiting.append((process, service, client, end))
             elif client.service_is_ready() and service not in HALTS and self._nodes(process.node) > 1:
                 say(f"{service}: refused: two nodes are called {process.node} {self._mend()}")

@@ -166,9 +166,10 @@ def _value(value: Any, values: Mapping[str, Any]) -> Any:
 
 def _text(value: Any) -> str:
     """As ROS reads it after ``:=``: YAML, where a text that looks like a number needs quotes."""
-    if isinstance(value, str) and isinstance(yaml.safe_load(value), str):
-        return value
-    return json.dumps(value)
+    try:
+        return value if isinstance(value, str) and isinstance(yaml.safe_load(value), str) else json.dumps(value)
+    except yaml.YAMLError:
+        return json.dumps(value)
 
 
 def _full(name: str, namespace: str) -> str:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from robopolicy.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from hardware.ros2.parameters import NodeConfig
     from hardware.ros2.system import Process
+    from robopolicy.config import Config
 
 EPILOG = """\
 examples:
@@ -26,7 +28,8 @@ examples:
   robopolicy up virtual --show-args
 
 While it runs, type start, stop, home, estop or reset and Enter: the policy's services; or, say, `arm reset`;
-or `arm set seed 5`: a parameter. Where a node of the name runs already, nothing is started.
+or `arm set seed 5`: a parameter; or deactivate, cleanup, configure, activate: the policy's lifecycle, in which the
+arm stands until you type start. Where a node of the name runs already, nothing is started.
 Exit code: 0 a process has done its work, 130 Ctrl-C, 143 terminated, 2 it could not be started,
 10, 11, ... the first, second, ... process of the file died; the others were ended in order."""
 
@@ -87,14 +90,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(processes: Iterable[Process], environment: Mapping[str, str]) -> None:
-    """Say who else is in the domain; refuse now what the policy node would, seconds later and with the arm running.
+    """Say who else is in the domain; refuse now what our nodes would, seconds later and with the arm running.
 
     Raises:
-        ConfigError: A parameter of it is unknown or out of range, or there is no such domain.
+        ConfigError, CheckpointError: A parameter is unknown or out of range, what it names is not there, is damaged, or does
+            not fit; or there is no such domain.
     """
     from hardware.ros2.doctor import domain
     from hardware.ros2.parameters import NodeConfig
+    from hardware.ros2.profile import load_profile
+    from hardware.ros2.recorder import RecorderConfig
     from hardware.ros2.supervisor import say
+    from hardware.ros2.virtual_arm import VirtualArmConfig
     from robopolicy.config import parse
 
     for finding in domain(environment):
@@ -103,7 +110,37 @@ def check(processes: Iterable[Process], environment: Mapping[str, str]) -> None:
             raise ConfigError(text)
         if finding.level == "note":
             say(text)
+    kinds: dict[str, type[Config]] = {
+        "hardware.ros2.virtual_arm": VirtualArmConfig,
+        "hardware.ros2.recorder": RecorderConfig,
+        "hardware.ros2.policy_node": NodeConfig,
+    }
     for process in processes:
-        if process.module == "hardware.ros2.policy_node":
-            values = {name: value for name, value in process.parameters.items() if name != "use_sim_time"}  # every node has it
-            parse(NodeConfig, values, where=process.name)
+        if (kind := kinds.get(process.module)) is None:
+            continue
+        ours = {name: value for name, value in process.parameters.items() if name != "use_sim_time"}  # every node has it
+        if kind is VirtualArmConfig:
+            ours = {name: value for name, value in ours.items() if not name.startswith("faults.")}
+        config = parse(kind, ours, where=process.name)
+        if not isinstance(config, NodeConfig):
+            load_profile(config.profile)  # type: ignore[attr-defined]  # all have one
+        elif process.lifecycle is not None:  # it is configured at once
+            _check_policy(config)
+
+
+def _check_policy(config: NodeConfig) -> None:
+    """What the node would refuse to be configured with: by its own code, and without an arm."""
+    from hardware.ros2.deployment import check_fit, features_of, limits_of, profile_of, task_of
+    from hardware.ros2.joints import make_model
+    from robopolicy.config import apply_overrides
+    from robopolicy.deploy.executor import make_executor
+    from robopolicy.deploy.process import open_planner
+
+    profile = profile_of(config)
+    limits_of(config, profile)
+    model = make_model(profile, *task_of(config.checkpoint))
+    if (features := features_of(config.checkpoint)) is not None:
+        check_fit(features, model)
+    setting = apply_overrides({}, [f"executor={config.executor}", f"planner={config.planner}"])
+    make_executor(setting["executor"])
+    open_planner(config.checkpoint, setting["planner"], config.steps or None)
