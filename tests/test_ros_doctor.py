@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import os
+import pwd
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +21,15 @@ from hardware.ros2 import doctor, shm
 from hardware.ros2.contract import NODE_TOPICS, robot_topics
 from hardware.ros2.findings import Check, judge
 from hardware.ros2.profile import load_profile
-from hardware.ros2.runtime import packages_mend
-from hardware.ros2.topics import End, Seen, node_of, stamp_of
+from hardware.ros2.runtime import Ros, packages_mend
+from hardware.ros2.topics import End, Seen, look, node_of, stamp_of
 from robopolicy import cli
 
 PROFILE = load_profile("virtual")
 TOPICS = [*robot_topics(PROFILE), *(topic._replace(name=topic.name.replace("~", "robopolicy_policy")) for topic in NODE_TOPICS)]
 POLICY = "/robopolicy_policy"
 COMMAND = "std_msgs/msg/Float64MultiArray"
+TWO = [End(name, "sensor_msgs/msg/JointState") for name in ("/arm", "/fingers")]
 
 
 def healthy() -> dict[str, Seen]:
@@ -101,6 +106,15 @@ def _set(key: str, **values: Any) -> Callable[[dict[str, Seen]], None]:
             "wrong", "2 publishers: /robopolicy_policy, /old", "end /old",
         ),
         (_set("command", publishers=[End("/servo", COMMAND)]), "wrong", "/servo publishes", "end it before"),
+        (_set("state", publishers=TWO), "note", "published by /arm, /fingers", "one of them should go"),
+        (
+            _set("state", publishers=TWO, speakers=[("/arm", PROFILE.joint_names), ("/fingers", ("left_finger",))]),
+            "note", "published by /arm, /fingers", "one of them should go",
+        ),
+        (
+            _set("state", publishers=TWO, speakers=[("/arm", PROFILE.joint_names), ("/fingers", PROFILE.joint_names)]),
+            "wrong", "/arm and /fingers say where our joints are", "keep one",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_robot_is_named_with_its_mend(
@@ -217,22 +231,29 @@ def test_lost_messages_are_found() -> None:
     assert doctor.delivery(3).level == "wrong"
 
 
-def test_shared_memory_of_the_dead_is_found_and_deleted(tmp_path: Path) -> None:
+def test_shared_memory_of_the_dead_is_found_and_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fastdds_00c0ffee", "fastdds_00c0ffee_el", "sem.fastdds_port7411_mutex", "fastdds_port7411", "unrelated"):
         (tmp_path / name).write_bytes(bytes(1000))
     assert shm.leftovers(age=60, folder=tmp_path) == []  # too young: their owner may not have locked them yet
     time.sleep(1.1)
     check = doctor.shared_memory(folder=tmp_path)
-    assert check.level == "wrong"
+    assert check.level == "note"  # 4 KB
     assert "4 files" in check.found
-    assert "--clean" in check.mend
+    assert f"of killed processes of {pwd.getpwuid(os.getuid()).pw_name}" in check.found
+    assert "--clean` deletes those of who runs it, and spares what is in use" in check.mend
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=8000))
+    assert doctor.shared_memory(folder=tmp_path).level == "wrong"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 4321)
+        assert doctor.shared_memory(folder=tmp_path).level == "note", "somebody else's"
+        patch.setattr(Path, "unlink", lambda path: (_ for _ in ()).throw(PermissionError()))
+        check = doctor.shared_memory(clean=True, folder=tmp_path)
+        assert (check.level, check.found[:23]) == ("note", "deleted 0 files, 0.0 MB")
     assert doctor.shared_memory(clean=True, folder=tmp_path).level == "ok"
     assert [path.name for path in tmp_path.iterdir()] == ["unrelated"]
 
 
 def test_shared_memory_of_the_living_is_left_alone(ros: Sandbox) -> None:
-    import os
-
     assert ros.node is not None
     names = shm.segments(os.getpid())
     assert names
@@ -242,7 +263,7 @@ def test_shared_memory_of_the_living_is_left_alone(ros: Sandbox) -> None:
 def test_a_publisher_whose_node_is_not_known_is_named_in_words() -> None:
     known = SimpleNamespace(node_name="arm", node_namespace="/left")
     unknown = SimpleNamespace(node_name="_NODE_NAME_UNKNOWN_", node_namespace="_NODE_NAMESPACE_UNKNOWN_")
-    assert [node_of(known), node_of(unknown)] == ["/left/arm", "a node that has just come or gone"]
+    assert [node_of(known), node_of(unknown)] == ["/left/arm", "a node that is not known by name yet"]
 
 
 def test_stamps_are_read_without_decoding() -> None:
@@ -308,6 +329,22 @@ def test_a_sick_robot_over_dds(ros: Sandbox, tmp_path: Path, monkeypatch: pytest
     assert 50 < document["topics"]["state"]["rate"] < 300
     delivered = next(check for check in document["checks"] if check["name"] == "delivery")
     assert delivered["level"] == "ok", delivered  # with what the sandbox sets
+
+
+def test_whose_joint_states_are_ours_is_told_by_publisher(ros: Sandbox) -> None:
+    from sensor_msgs.msg import JointState
+
+    with Ros(signals=False) as robot:
+        looking, arm, fingers = (robot.node(name) for name in ("looking", "arm", "fingers"))
+        joints = {arm: PROFILE.joint_names, fingers: ("finger",)}
+        for node, names in joints.items():
+            publisher = node.create_publisher(JointState, "joint_states", 10)
+            message = JointState(name=names, position=[0.0] * len(names))
+            node.create_timer(0.02, partial(publisher.publish, message))
+        topic = TOPICS[0]
+        seen = look(robot, looking, [topic], 0.5)[topic.key]
+    assert topic.key == "state"
+    assert sorted(seen.speakers) == [("/arm", PROFILE.joint_names), ("/fingers", ("finger",))]
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

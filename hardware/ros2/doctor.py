@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pwd
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -32,6 +34,7 @@ Exit code 1 when something is wrong. 'note' is worth knowing, and no reason to s
 SEGMENT = 512 * 1024  # [bytes] of Fast DDS's shared memory: larger best-effort messages are lost with its default transports
 _LARGE = {"LARGE_DATA", "LARGE_DATAv6"}
 _DELIVERED = 20  # messages of the delivery test
+_MUCH = 0.1  # of the shared memory there is: then left-overs are no small matter
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -186,14 +189,43 @@ def shared_memory(clean: bool = False, folder: Path | None = None) -> Check:
     """What killed processes have left."""
     from hardware.ros2 import shm
 
-    left = shm.leftovers(folder=folder or shm.FOLDER)
-    size = sum(path.stat().st_size for path in left if path.exists())
-    if left and clean:
-        return Check("shared memory", "ok", f"deleted {len(left)} files, {shm.remove(left) / 1e6:.1f} MB")
-    if left:
-        found = f"{len(left)} files, {size / 1e6:.1f} MB in /dev/shm, of processes that were killed"
-        return Check("shared memory", "wrong", found, "robopolicy doctor ros --clean")
-    return Check("shared memory", "ok", "nothing is left over")
+    folder = folder or shm.FOLDER
+    before = shm.leftovers(folder=folder)
+    freed = shm.remove(before) if clean else 0
+    left = [path for path in before if path.exists()]
+    deleted = f"deleted {len(before) - len(left)} files, {freed / 1e6:.1f} MB" if clean and before else ""
+    if not left:
+        return Check("shared memory", "ok", deleted or "nothing is left over")
+    owners = {path: _owner(path) for path in left}
+    size, total = sum(map(_size, left)), shutil.disk_usage(folder).total
+    found = f"{len(left)} files, {size / 1e6:.1f} MB of {total / 1e6:.0f} in {folder}, of killed processes of "
+    found = "; ".join(filter(None, (deleted, found + ", ".join(sorted(set(owners.values()))))))
+    mend = "`robopolicy doctor ros --clean` deletes those of who runs it, and spares what is in use"
+    mine = [path for path in left if owners[path] == _user(os.getuid())]
+    full = sum(map(_size, mine)) > _MUCH * total
+    return Check("shared memory", "wrong" if full else "note", found, mend)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone
+        return 0
+
+
+def _owner(path: Path) -> str:
+    try:
+        return _user(path.stat().st_uid)
+    except OSError:
+        return "nobody any more"
+
+
+def _user(number: int) -> str:
+    """Name of an account."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # containers know few
+        return f"user {number}"
 
 
 def deliver(size: int = 1_000_000) -> int:

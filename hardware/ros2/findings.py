@@ -84,17 +84,22 @@ def _source(topic: Topic, entry: Seen, profile: RosProfile) -> list[Check]:
         elif entry.rate < 0.9 * profile.rate:
             found = f"{entry.rate:.0f} Hz; the control loop of the profile runs at {profile.rate:g} Hz"
             checks.append(Check(name, "note", found, "raise the driver's rate, or lower 'rate'"))
-    if len(entry.publishers) > 1:
+    wanted = _joints(profile).get(topic.key, ())
+    measured = topic.key in ("state", "gripper_state")
+    ours = [node for node, joints in entry.speakers if measured and set(wanted) <= set(joints)]  # as RosRobot.rivals
+    if len(ours) > 1:
+        found = f"{' and '.join(ours)} say where our joints are: an arm jumps between the two, and the policy refuses to start"
+        checks.append(Check(name, "wrong", found, "keep one: end the others, or remap them"))
+    elif len(entry.publishers) > 1:
         nodes = ", ".join(end.node for end in entry.publishers)
-        level: Literal["note", "wrong"] = "note" if topic.key == "state" else "wrong"  # gripper drivers add to joint states
+        level: Literal["note", "wrong"] = "note" if measured else "wrong"  # gripper drivers add to joint states
         checks.append(Check(name, level, f"published by {nodes}", "one of them should go, or be remapped"))
     if entry.mad:
         checks.append(
             Check(name, "wrong", f"{entry.mad} messages held NaN or infinity", "mend the driver: such messages are dropped")
         )
     checks += _stamps(entry)
-    wanted = _joints(profile).get(topic.key, ())
-    if missing := [joint for joint in wanted if joint not in entry.joints]:
+    if missing := [joint for joint in wanted if not ours and joint not in entry.joints]:
         found = f"no {', '.join(missing)} among {', '.join(entry.joints)}"
         checks.append(
             Check(name, "wrong", found, "mend the names in the profile's state.joints; a prefix, such as left_, is usual")

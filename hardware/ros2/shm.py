@@ -51,10 +51,11 @@ def remove(paths: Iterable[Path]) -> int:
     freed = 0
     for path in paths:
         try:
-            freed += path.stat().st_size
+            size = path.stat().st_size
             path.unlink()
         except OSError:  # gone, or somebody else's
             continue
+        freed += size
     return freed
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hardware.ros2.contract import Topic, message_type
+from hardware.ros2.inputs import with_origin
 
 _KEPT = 20_000  # messages of a topic that are remembered
 # Types that begin with a header, whose stamp can be read from the first bytes without decoding an image.
@@ -45,6 +46,7 @@ class Seen:
         largest: Message [bytes].
         joints: Names in the last message of joint states.
         mad: Messages of joint states with a position that is no number.
+        speakers: Publishers whose messages came and that are still there: their nodes, and the joints of joint states.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Seen:
     largest: int = 0
     joints: tuple[str, ...] = ()
     mad: int = 0
+    speakers: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -85,8 +88,11 @@ def look(ros: Any, node: Any, topics: Iterable[Topic], seconds: float, settle: f
     seen = {topic.key: Seen(full_name(topic.name, node)) for topic in topics}
     end = time.monotonic() + settle
     ros.spin(until=lambda: time.monotonic() > end)
+    heard: dict[str, dict[bytes, tuple[str, ...]]] = {topic.key: {} for topic in topics}
     subscriptions = [
-        _listen(node, topic, seen[topic.key]) for topic in topics if topic.direction == "in" or topic.key == "command"
+        _listen(node, topic, seen[topic.key], heard[topic.key])
+        for topic in topics
+        if topic.direction == "in" or topic.key == "command"
     ]
     begin = time.monotonic()
     ros.spin(until=lambda: time.monotonic() > begin + seconds)
@@ -94,6 +100,8 @@ def look(ros: Any, node: Any, topics: Iterable[Topic], seconds: float, settle: f
         entry = seen[topic.key]
         entry.seconds = time.monotonic() - begin
         entry.publishers, entry.subscriptions = _ends(node, topic, entry.name)
+        there = {bytes(info.endpoint_gid): info for info in node.get_publishers_info_by_topic(entry.name)}
+        entry.speakers = [(node_of(there[gid]), joints) for gid, joints in heard[topic.key].items() if gid in there]
     for subscription in subscriptions:
         node.destroy_subscription(subscription)
     return seen
@@ -104,14 +112,15 @@ def full_name(name: str, node: Any) -> str:
     return name if name.startswith("/") else f"{node.get_namespace().rstrip('/')}/{name}"
 
 
-def _listen(node: Any, topic: Topic, entry: Seen) -> Any:
+def _listen(node: Any, topic: Topic, entry: Seen, heard: dict[bytes, tuple[str, ...]]) -> Any:
+    """Fill ``entry``; ``heard``: joints by publisher."""
     from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
     from rclpy.serialization import deserialize_message
 
     kind = message_type(topic.type)
     stamped, joints = topic.type.rpartition("/")[2] in _STAMPED, topic.type.endswith("/JointState")
 
-    def came(raw: bytes) -> None:
+    def came(raw: bytes, origin: bytes | None) -> None:
         now = time.monotonic()
         if len(entry.arrivals) >= _KEPT:
             return
@@ -123,9 +132,11 @@ def _listen(node: Any, topic: Topic, entry: Seen) -> Any:
             message = deserialize_message(raw, kind)
             entry.joints = tuple(message.name)
             entry.mad += not all(map(math.isfinite, message.position))
+        if origin is not None:
+            heard[origin] = tuple(message.name) if joints else ()
 
     quality = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
-    return node.create_subscription(kind, entry.name, came, quality, raw=True)
+    return node.create_subscription(kind, entry.name, with_origin(came), quality, raw=True)
 
 
 def stamp_of(raw: bytes) -> float | None:
@@ -155,7 +166,7 @@ def _ends(node: Any, topic: Topic, name: str) -> tuple[list[End], list[End]]:
 def node_of(info: Any) -> str:
     """Full name of the node behind a publisher or subscription."""
     if info.node_name == "_NODE_NAME_UNKNOWN_":
-        return "a node that has just come or gone"  # its topics are heard of before its name, and forgotten after it
+        return "a node that is not known by name yet"  # its topics are heard of before its name, and forgotten after it
     return f"{info.node_namespace.rstrip('/')}/{info.node_name}"
 
 
