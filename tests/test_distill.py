@@ -308,6 +308,7 @@ def test_a_student_of_a_teacher_with_less_noise_starts_from_as_little(
     out = tmp_path / "s"
     options = ["--teacher-noise", ".5", "--method", method, "--steps", "2", "--eval", "3", "--out", str(out)]
     assert main(["distill", teacher, *options, *SHORT]) == 0
+    assert "A, the teacher, ran as it was copied: noise of scale 0.5\n" in capsys.readouterr().out
     start = 0.0 if method in ("regression", "mip") else 0.5
     assert load_policy(out).config.initial_noise == start
     pairs = Distiller(parse(DistillConfig, load_yaml(out / "config.yaml")), out, resume=True).pairs

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robopolicy.distill.config import DistillConfig
 from robopolicy.distill.diagnose import Spread, spread
 from robopolicy.distill.teacher import Teacher, networks
 from robopolicy.distill.trainer import Distiller, from_noise
@@ -101,8 +102,11 @@ def write_result(distiller: Distiller, measured: Spread, test: Comparison | None
         f"calls: {counted['teacher']} a chunk by the teacher, {counted['student']} by the student, {counted['spent']:,} to teach",
         str(measured),
     ]
-    return lines if test is None else [*lines, *_tested(test)]
+    return lines if test is None else [*lines, *_tested(test, distiller.experiment)]
 
 
-def _tested(test: Comparison) -> Sequence[str]:
-    return [*test.lines(), non_inferiority(test)]
+def _tested(test: Comparison, asked: DistillConfig) -> Sequence[str]:
+    noise = [] if asked.teacher_noise is None else [f"noise of scale {asked.teacher_noise:g}"]
+    sampler = [] if asked.teacher_sampler is None else [f"sampler {asked.teacher_sampler}"]
+    copied = [f"A, the teacher, ran as it was copied: {', '.join(noise + sampler)}"] if noise or sampler else []
+    return [*copied, *test.lines(), non_inferiority(test)]
