@@ -539,3 +539,11 @@ def test_mistakes_on_the_command_line_are_one_line_with_exit_2(checkpoints, tmp_
     assert main([*arguments, "--episodes", "2", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_robot_s_argument_that_it_has_not_is_its_own_and_not_the_task_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "outputs/none", "--robot", "ros2", "--robot-arg", "profil=virtual"]) == 2
+    assert "robot 'ros2' takes no argument 'profil'; valid: profile, namespace; the task's go with" in capsys.readouterr().err
+    for taken in (["ros2", "--robot-arg", "profile=virtual"], ["arm", "--robot-arg", "obs=[ee_pos]"]):  # the arm names none
+        assert main(["eval", "outputs/none", "--robot", *taken]) == 2
+        assert "'outputs/none' does not exist" in capsys.readouterr().err

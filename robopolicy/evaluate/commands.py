@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,7 @@ def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
 
     if len(args.checkpoints) > 1 or args.film:
         raise EvaluationError("--robot takes one checkpoint, and no --film; leave these out")
+    _check_robot_arguments(args.robot, _task_arguments(args.robot_arg))
     policy, spec = load(args.checkpoints[0], args)
     _, planner, executor = mode(apply_overrides({}, [f"executor={args.executor or 'latest'}"])["executor"])
     done = evaluate_on_robot(
@@ -205,6 +207,18 @@ def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     done.evaluation.save(folder / "eval.json")
     print("\n".join([*done.lines(), f"figures          {folder}"]))
     return 0
+
+
+def _check_robot_arguments(robot: str, given: Iterable[str]) -> None:
+    """Refuse what the robot does not name, where it names any: else it would be taken for an argument of the task."""
+    from robopolicy.evaluate.robot import find_robot
+
+    parameters = [*inspect.signature(find_robot(robot)).parameters.values()][2:]  # after task and clock
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for name in given:
+        if names and name not in names:
+            valid = ", ".join(names)
+            raise ConfigError(f"robot '{robot}' takes no argument '{name}'; valid: {valid}; the task's go with --task-arg")
 
 
 def _pooled(evaluations: Sequence[Evaluation], checkpoints: Sequence[str], folder: Path) -> Path:
