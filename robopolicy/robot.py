@@ -5,11 +5,12 @@ None of its methods wait for the world: they return what is newest, with its tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from robopolicy.deploy.limits import SafetyLimits
 from robopolicy.deploy.safety import Reason, Stamp
 from robopolicy.deploy.workspace import Kinematics
 from robopolicy.features import Feature
@@ -90,6 +91,39 @@ class Robot(Protocol):
 
     def stop(self) -> None:
         """Leave it holding where it is; called at the end, and when anything goes wrong."""
+        ...
+
+
+class RealRobot(Robot, Protocol):
+    """An arm that is where it was left, because its ``reset`` moves nothing: what ``robopolicy eval --robot`` asks of it.
+
+    Before each episode it is brought to its home, through its safety filter.
+
+    Attributes:
+        resets: False. Robots whose ``reset`` does bring arm and objects to where an episode begins have True, and need no more.
+        home: Where episodes begin ``[n]``; None: nobody knows, and none begins.
+        limits: Of the safety filter.
+    """
+
+    @property
+    def resets(self) -> bool: ...
+
+    @property
+    def home(self) -> np.ndarray | None: ...
+
+    @property
+    def limits(self) -> SafetyLimits: ...
+
+    def rivals(self) -> list[str]:
+        """Who else commands it or says where it is: a line each. While there is one, it does not begin to move."""
+        ...
+
+    def hear(self, request: Callable[..., Any]) -> None:
+        """Tell ``request``, from any thread and until it is closed, who stops it: people at buttons, and second masters.
+
+        ``request("estop", why=...)``, ``request("stop", why="rival: ...")``, and ``request("deadman", pressed=...)`` again and
+        again. They are heeded in the next period; see :meth:`robopolicy.deploy.arbiter.Arbiter.request`.
+        """
         ...
 
 

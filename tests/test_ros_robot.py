@@ -10,7 +10,8 @@ import pytest
 from ros import Sandbox
 
 from hardware.ros2 import messages
-from hardware.ros2.contract import LATCHED, SENSOR, STATE_OUT, message_type, robot_topics
+from hardware.ros2.contract import LATCHED, SENSOR, SIGNAL, STATE_OUT, message_type, robot_topics
+from hardware.ros2.own import OwnRosRobot
 from hardware.ros2.profile import RosProfile, load_profile
 from hardware.ros2.robot import RosRobot
 from hardware.ros2.runtime import Ros, RosClock, RosError
@@ -162,6 +163,55 @@ def test_an_episode_begins_by_the_simulators_service(both: tuple[Driver, RosRobo
     with pytest.raises(RosError, match="refused: no episode 200123"):
         robot.reset(1)
     driver.arm.destroy_node()
+
+
+def test_no_episode_begins_while_the_goal_is_said_to_be_met(ros: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a reset service somebody puts the objects back: a detector that still sees the last goal is waited for."""
+    monkeypatch.setattr("hardware.ros2.robot.ANSWER", 0.5)
+    real = PROFILE.model_copy(update={"reset": None})
+    with Ros(signals=False) as own:
+        driver = Driver(own, real, reset=False)
+        robot = RosRobot(real, own.node("robot"), RosClock())
+        own.spin_in_thread()
+        robot.ready()
+        robot.reset()  # nobody has said anything
+        driver.tell(True)
+        until(lambda: robot.success, "success was not heard")
+        with pytest.raises(RosError, match=r"still says after 0.5 s that the goal is met.* put the objects back"):
+            robot.reset()
+        threading.Timer(0.2, driver.tell, [False]).start()
+        robot.reset()
+        assert robot.success is False
+        robot.close()
+
+
+def test_who_stops_the_arm_is_heard_as_by_the_policy_node(ros: Sandbox) -> None:
+    """Buttons of any quality, the deadman, and a second master."""
+    flag, heard = message_type("std_msgs/msg/Bool"), list[tuple[str, dict[str, Any]]]()
+    with Ros(signals=False) as other:
+        driver = Driver(other)
+        other.spin_in_thread()
+        robot = OwnRosRobot(PROFILE)
+        robot.hear(lambda name, **arguments: heard.append((name, arguments)))
+        try:
+            for quality in (SIGNAL, LATCHED, SENSOR):
+                heard.clear()
+                button = driver.node.create_publisher(flag, "estop", quality.to_ros())
+                until(lambda button=button: button.publish(flag(data=True)) or heard, f"{quality} was not heard")
+                assert heard[0] == ("estop", {"why": "topic estop"})
+                driver.node.destroy_publisher(button)
+            deadman = driver.node.create_publisher(flag, "deadman", SENSOR.to_ros())
+            for pressed in (True, False):
+                said = ("deadman", {"pressed": pressed})
+                until(lambda said=said: deadman.publish(flag(data=said[1]["pressed"])) or said in heard, "no deadman was heard")
+            assert not [name for name, _ in heard if name == "stop"]
+            message = message_type(next(topic.type for topic in robot.topics if topic.key == "command"))
+            second = driver.node.create_publisher(message, PROFILE.command.topic, 1)
+            until(lambda: [name for name, _ in heard if name == "stop"], "a second master was not noticed")
+            assert heard[-1][1]["why"].startswith("rival: 2 nodes publish on '/forward_position_controller/commands': ")
+            driver.node.destroy_publisher(second)
+        finally:
+            robot.close()
 
 
 def test_no_episode_begins_while_somebody_else_commands(both: tuple[Driver, RosRobot]) -> None:

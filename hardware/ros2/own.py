@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from hardware.ros2.contract import DEADMAN, ESTOP, LATCHED, SENSOR, SIGNAL, message_type
 from hardware.ros2.joints import make_model
 from hardware.ros2.profile import RosProfile, load_profile
 from hardware.ros2.robot import RosRobot
 from hardware.ros2.runtime import Ros, RosClock, RosError
 from robopolicy.deploy.clock import Clock
+
+_LOOK = 0.1  # [s] between looks for second masters
+_PRESSES = 10  # messages of the emergency stop that may wait
 
 
 class OwnRosRobot(RosRobot):
@@ -39,6 +44,30 @@ class OwnRosRobot(RosRobot):
         if self._ros.fault is not None:
             raise RosError(f"no message is received any more, the thread of ROS died of {self._ros.fault!r}")
         super().reset(seed)
+
+    def hear(self, request: Callable[..., Any]) -> None:
+        """As :meth:`robopolicy.robot.RealRobot.hear`: the topics that the policy node hears, too, and :meth:`rivals`."""
+        from rclpy.event_handler import SubscriptionEventCallbacks
+
+        flag, silent = message_type("std_msgs/msg/Bool"), SubscriptionEventCallbacks(use_default_callbacks=False)
+
+        def on_estop(message: Any) -> None:
+            if message.data:
+                request("estop", why=f"topic {ESTOP}")
+
+        def look() -> None:
+            if rivals := self.rivals():
+                request("stop", why=f"rival: {rivals[0]}")
+
+        for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises
+            deep = quality._replace(depth=_PRESSES).to_ros()
+            made = self.node.create_subscription(flag, ESTOP, on_estop, deep, event_callbacks=silent)
+            self._keep(made, self.node.destroy_subscription)
+        pressed = self.node.create_subscription(
+            flag, DEADMAN, lambda message: request("deadman", pressed=bool(message.data)), SENSOR.to_ros()
+        )
+        self._keep(pressed, self.node.destroy_subscription)
+        self._keep(self.node.create_timer(_LOOK, look), self.node.destroy_timer)
 
     def close(self) -> None:
         super().close()

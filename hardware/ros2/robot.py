@@ -63,7 +63,7 @@ class RosRobot:
         self._paths: dict[str, str] = {}  # names of topics as resolved, by key
         self._made: list[tuple[Callable[[Any], Any], Any]] = []  # how to undo it, and what
         self._decoder: Decoder | None = None
-        self._success = False
+        self._success = self._said = False  # in this episode; and the last word, whenever it was
         self._success_told = threading.Event()
         self._seen: Latest[Any] | None = None  # of the state
         self._before: Latest[Any] | None = None
@@ -128,7 +128,8 @@ class RosRobot:
         """Begin an episode: by the simulator's service where the profile has one. Else nothing moves, see :attr:`resets`.
 
         Raises:
-            RosError: Somebody else commands the arm, too; a service does not answer or refuses, or no message comes after it.
+            RosError: Somebody else commands the arm, too; a service does not answer or refuses; no message comes after it; or
+                the goal is said to be met already.
         """
         if rivals := self.rivals():
             raise RosError(rivals[0])
@@ -141,6 +142,8 @@ class RosRobot:
             call(self.node, f"{how.node}/{how.service}", TRIGGER)
             if self.profile.success is not None and not self._success_told.wait(ANSWER):
                 raise RosError(f"'{self.profile.success}' was not false within {ANSWER:g} s of the reset; who publishes it?")
+        else:
+            self._await_undone()
         self._seen = self._before = None  # no velocity across a reset
         self._await_newer()
         self.seat(self.state().positions)
@@ -317,7 +320,7 @@ class RosRobot:
         self._made.append((undo, thing))
 
     def _told(self, message: Any) -> None:
-        self._success = bool(message.data)
+        self._success = self._said = bool(message.data)
         if not message.data:  # a late "true" of the episode before is no answer to a reset
             self._success_told.set()
 
@@ -339,6 +342,17 @@ class RosRobot:
         return "somebody publishes it and nothing arrives: run `robopolicy doctor ros`"
 
     # ---- waiting -------------------------------------------------------------------------------------------------------------
+
+    def _await_undone(self) -> None:
+        """Whoever still sees the goal met would call the next episode a success in its first period."""
+        end = time.monotonic() + ANSWER
+        while self._said:
+            if time.monotonic() > end:
+                raise RosError(
+                    f"'{self.profile.success}' still says after {ANSWER:g} s that the goal is met, and no episode has begun; put "
+                    "the objects back, or mend who publishes it"
+                )
+            time.sleep(_POLL)
 
     def _await_newer(self) -> None:
         """Two messages for every slot: the first may have been on its way."""

@@ -167,7 +167,7 @@ class Arbiter:
     def step(self, tick: Tick) -> None:
         """One period. An exception stops the arm smoothly, and is kept in ``fault``."""
         self.skipped += tick.skipped
-        self._heed(tick.start)
+        self.heed(tick.start)
         self._wake(tick)
         try:
             self._period(tick)
@@ -323,7 +323,8 @@ class Arbiter:
 
     # ---- requests ------------------------------------------------------------------------------------------------------------
 
-    def _heed(self, now: float) -> None:
+    def heed(self, now: float) -> None:
+        """Do what was asked for until now. :meth:`step` does; who has a loop of its own may besides, while the arm stands."""
         while self._requests:
             ticket = self._requests.popleft()
             try:

@@ -10,7 +10,7 @@ on the arm. The loop never waits for inference, and writes its log when it has e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from robopolicy.deploy.executor import Executor
 from robopolicy.deploy.interpolate import InterpolationConfig
 from robopolicy.deploy.latency import percentiles
 from robopolicy.deploy.safety import Mode, Reason, SafetyFilter
-from robopolicy.deploy.sources import ControlConfig, PolicySource
+from robopolicy.deploy.sources import ControlConfig, PolicySource, Source
 from robopolicy.errors import EvaluationError
 from robopolicy.robot import Robot
 
@@ -42,6 +42,7 @@ class ControlLoop:
         clock: The one that robot and engine have, too.
         config: See :class:`ControlConfig`.
         interpolation: None: positions, and steps for columns with ``gripper`` in their name.
+        others: Who else may command, between episodes: see :meth:`go`.
 
     Attributes:
         source, arbiter: What it is made of.
@@ -60,15 +61,17 @@ class ControlLoop:
         clock: Clock,
         config: ControlConfig | None = None,
         interpolation: InterpolationConfig | None = None,
+        others: Iterable[Source] = (),
     ) -> None:
         self.robot, self.engine, self.executor, self.safety, self.clock = robot, engine, executor, safety, clock
         self.config = config or ControlConfig()
         self.source = PolicySource(robot, engine, executor, safety.limits, self.config, interpolation)
-        self.arbiter = Arbiter(robot, safety, clock, [self.source], self.config)
+        self.arbiter = Arbiter(robot, safety, clock, [self.source, *others], self.config)
         self.log, self.notes = self.arbiter.log, self.arbiter.notes
         self.dt, self.row = self.arbiter.dt, self.source.row
         self._warm = self._begun = False
         self._jumps: list[float] = []  # of the episodes before this one
+        self._between: list[int] = []  # what the log has under these numbers are no episodes
 
     @property
     def skipped(self) -> int:
@@ -89,14 +92,46 @@ class ControlLoop:
         """Begin an episode: robot, engine, executor and safety filter. Returns why the filter refused; empty when it runs."""
         self.arbiter.stand("reset")
         self.robot.reset(seed)
-        if not self._warm:
-            self.source.prepare()
-            self._warm = True
+        self.prepare()
         self.engine.reset()
         self._begun = False  # the first plan is made when the arm is about to move
         self.arbiter.skipped = self.arbiter.missed = 0
         state = self.robot.state()
         return self.safety.start(state.positions, state.stamp, self.clock.now(), reseat=True)
+
+    def prepare(self) -> None:
+        """Warm inference up on what is observed now, once; :meth:`reset` does. Nothing moves."""
+        if not self._warm:
+            self.source.prepare()
+            self._warm = True
+
+    def go(self, source: str) -> tuple[Reason, ...]:
+        """Between episodes: let one of the ``others`` command from where the arm is measured until it is over and it stands.
+
+        Returns why it may not; then nothing moves. What ended it is ``arbiter.status.cause``.
+        """
+        arbiter, end, moved = self.arbiter, self.clock.now() + _PATIENCE, False
+        arbiter.stand(f"{source} is to begin")
+        with quiet(self.config.fifo, self.config.cpu, self.notes):
+            arbiter.heed(self.clock.now())
+            while refused := arbiter.begin(source, self.robot.state(), reseat=moved):
+                if not moved and all(reason.kind == "start_moved" for reason in refused):
+                    moved = True  # by a person, or it was blocked: only then may the set point jump
+                    continue
+                if any(reason.kind != "stale" for reason in refused) or self.clock.now() >= end:
+                    return refused
+                self.clock.sleep_until(self.clock.now() + self.dt)
+                arbiter.heed(self.clock.now())
+            self._between.append(arbiter.episode)
+            ticker = Ticker(self.clock, self.dt)
+            try:
+                while arbiter.commanded or not self.safety.still:
+                    arbiter.step(ticker.wait())
+            except BaseException as error:  # an interrupt, too
+                arbiter.end(repr(error))
+                raise
+        arbiter.fault = None  # the cause names it
+        return ()
 
     def run(self, seconds: float, until: Callable[[], bool] | None = None) -> None:
         """Run for so long, or until ``until()`` or the safety filter has stopped the arm for good and it stands.
@@ -161,9 +196,13 @@ class ControlLoop:
             self._warm = False
 
     def report(self) -> dict[str, Any]:
-        """What was measured since the log began; times in ms. Definitions in docs/deploy.md."""
+        """What was measured in the episodes since the log began; times in ms. Definitions in docs/deploy.md.
+
+        Interventions are those between episodes, too.
+        """
         self._keep_jumps()
-        return summarise(self.log.rows(), self.dt, self.safety) | {
+        rows = self.log.rows()
+        return summarise(rows[~np.isin(rows["episode"], self._between)], self.dt, self.safety) | {
             "inference_ms": self.engine.latency.summary(1e3),
             "engine": dict(self.engine.counters),
             "boundary_jump": percentiles(np.array(self._jumps)),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 _MENDS = {  # of refused starts, by what they say
     "start_moved": "if somebody moved the arm on purpose: reset first, then start",
     "start_unfamiliar": "no demonstration began like this: put the arm or the object back, or go home",
+    "deadman": "nothing moves unless the deadman is held, and says so more often than that: hold it, then ask again",
     "clock_ahead": "the sender's clock is ahead by so many seconds, so nobody sees how old its messages are: run chrony on both",
     "stuck": "the same to the bit for so many seconds: restart that sensor; if it has no noise, `stuck: null` in the profile",
 }

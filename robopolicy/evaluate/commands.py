@@ -179,7 +179,7 @@ def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     """Run one policy on a robot, through the control loop."""
     from robopolicy.config import apply_overrides
     from robopolicy.deploy.delayed import mode
-    from robopolicy.evaluate.robot import evaluate_on_robot
+    from robopolicy.evaluate.robot import UnfinishedError, evaluate_on_robot
     from robopolicy.task import find_task
 
     if len(args.checkpoints) > 1 or args.film:
@@ -187,25 +187,31 @@ def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     _check_robot_arguments(args.robot, _task_arguments(args.robot_arg))
     policy, spec = load(args.checkpoints[0], args)
     _, planner, executor = mode(apply_overrides({}, [f"executor={args.executor or 'latest'}"])["executor"])
-    done = evaluate_on_robot(
-        policy,
-        spec,
-        seeds,
-        robot=args.robot,
-        robot_args=_task_arguments(args.robot_arg),
-        limits=args.limits,
-        planner=planner,
-        executor=executor,
-        replan=args.replan,
-        delay=None if args.delay is None else args.delay / find_task(spec.name).rate,
-        seconds=args.seconds,
-        noise_seed=args.noise_seed,
-        name=args.checkpoints[0],
-    )
+    ended: UnfinishedError | None = None
+    try:
+        done = evaluate_on_robot(
+            policy,
+            spec,
+            seeds,
+            robot=args.robot,
+            robot_args=_task_arguments(args.robot_arg),
+            limits=args.limits,
+            planner=planner,
+            executor=executor,
+            replan=args.replan,
+            delay=None if args.delay is None else args.delay / find_task(spec.name).rate,
+            seconds=args.seconds,
+            noise_seed=args.noise_seed,
+            name=args.checkpoints[0],
+        )
+    except UnfinishedError as error:
+        done, ended = error.done, error
     robot = re.sub(r"\W+", "_", args.robot).strip("_")
     folder = args.out or _default_folder(args, done.evaluation, f".{robot}")
     done.evaluation.save(folder / "eval.json")
     print("\n".join([*done.lines(), f"figures          {folder}"]))
+    if ended is not None:
+        raise ended
     return 0
 
 

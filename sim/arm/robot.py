@@ -136,6 +136,7 @@ class SimArm:
         task_args: Of the task.
 
     Attributes:
+        resets: ``reset`` brings arm and objects to where an episode begins.
         follows_clock: It may be given a fake clock, and runs faster than time then: what `robopolicy eval --robot` asks.
         success: Whether the task's goal has been met since the last reset.
 
@@ -144,7 +145,7 @@ class SimArm:
     """
 
     names = ArmModel.names
-    follows_clock = True
+    follows_clock = resets = True
 
     def __init__(self, task: str, clock: Clock, **task_args: Any) -> None:
         self.task, self.model, self._clock = make_arm_task(task, **task_args), ArmModel(task, **task_args), clock
