@@ -240,7 +240,7 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
         process.stdin.flush()
         for text in ("policy deactivate: done", "policy cleanup: done", "policy: bad is True", "policy configure: refused: its"):
             read_until(text)  # in the order in which they were typed, each after the one before
-        process.stdin.write("policy set bad false\nconfigure\nactivate\nstart\n")
+        process.stdin.write("policy set bad false; configure; activate; start\n")
         process.stdin.flush()
         for text in ("policy configure: done", "activated", "policy activate: done", "called start"):
             read_until(text)

@@ -252,12 +252,13 @@ class Supervisor:
         return True
 
     def _listen(self) -> None:
-        """Lines that are typed."""
+        """Lines that are typed; several commands in one are parted by semicolons."""
         with suppress(OSError, ValueError):  # nobody there
             if sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
                 return  # in the background, where reading would suspend us, and the arm with us
             for line in sys.stdin:
-                self._lines.put(line.strip())
+                for command in line.split(";"):
+                    self._lines.put(command.strip())
 
     def _typed(self, line: str) -> None:
         """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one; ``PROCESS set NAME VALUE``.
