@@ -131,7 +131,11 @@ class Deaf(SimArm):
 class Silent(SimArm):
     """It does not say what its reset does."""
 
-    follows_clock, resets = False, None  # type: ignore[assignment]
+    follows_clock = False
+
+    @property
+    def resets(self) -> bool:  # type: ignore[override]
+        raise AttributeError("resets")
 
 
 class Elsewhere(Real):
