@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,10 @@ def test_commands_reach_the_controller_in_its_order_and_the_gripper_on_its_own(b
     assert "2 nodes publish on '/forward_position_controller/commands': " in robot.rivals()[0]
     assert "/driver" in robot.rivals()[0]
     assert "/robot" in robot.rivals()[0]
+    unknown = SimpleNamespace(node_name="_NODE_NAME_UNKNOWN_", node_namespace="_NODE_NAMESPACE_UNKNOWN_")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robot.node, "get_publishers_info_by_topic", lambda path: [unknown])
+        assert "commands': a node that is not known by name yet; two masters" in robot.rivals()[0]
     driver.node.destroy_publisher(other)
 
 
@@ -304,9 +309,9 @@ def test_a_service_that_does_not_answer_is_an_error_in_time(ros: Sandbox) -> Non
             call(node, "nowhere", TRIGGER, timeout=0.2)
         with Ros(signals=False) as other:
             other.node("server").create_service(
-                message_type(TRIGGER), "slow", lambda _, answer: (asleep.wait(5) and answer) or answer
+                message_type(TRIGGER), "slow", lambda _, answer: (asleep.wait(10) and answer) or answer
             )
             other.spin_in_thread()
-            with pytest.raises(RosError, match=r"'slow' did not answer within 0\.5 s"):
-                call(node, "slow", TRIGGER, timeout=0.5)
+            with pytest.raises(RosError, match=r"'slow' did not answer within 2 s"):
+                call(node, "slow", TRIGGER, timeout=2.0)  # the service must be found in it, too
             asleep.set()

@@ -20,6 +20,7 @@ from hardware.ros2.outputs import Outputs, Send
 from hardware.ros2.profile import POSE, RosProfile
 from hardware.ros2.runtime import RosClock, RosError
 from hardware.ros2.services import ANSWER, TRIGGER, call, set_parameter
+from hardware.ros2.topics import node_of
 from robopolicy.deploy.safety import Reason, Stamp
 from robopolicy.robot import Measured, RobotModel, Sample, State
 
@@ -371,4 +372,4 @@ def _moment(stamp: Stamp) -> float:
 
 def _named(infos: Iterable[Any]) -> str:
     """Full names of the nodes behind publishers."""
-    return " and ".join(f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in infos)
+    return " and ".join(map(node_of, infos))
