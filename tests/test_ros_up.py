@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,7 +212,8 @@ def test_a_node_of_the_name_that_comes_later_is_not_started(ros: Sandbox, system
 def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
     command = [sys.executable, "-m", "robopolicy.cli", "up", str(system), "start=false"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=ros.environment, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(command, env=ros.environment, stdin=pipe, stdout=pipe, text=True) as process, ExitStack() as last:
+        last.callback(process.terminate)  # or a failure would wait for it for ever
         assert process.stdin is not None
         assert process.stdout is not None
         seen: list[str] = []

@@ -29,7 +29,8 @@ examples:
 
 While it runs, type start, stop, home, estop or reset and Enter: the policy's services; or, say, `arm reset`;
 or `arm set seed 5`: a parameter; or deactivate, cleanup, configure, activate: the policy's lifecycle, in which the
-arm stands until you type start. Several go in one line: recorder start; start. Where a node of the name runs already, nothing is started.
+arm stands until you type start. Several go in one line: recorder start; start.
+Where a node of the name runs already, nothing is started.
 Exit code: 0 a process has done its work, 130 Ctrl-C, 143 terminated, 2 it could not be started,
 10, 11, ... the first, second, ... process of the file died; the others were ended in order."""
 
