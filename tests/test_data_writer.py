@@ -92,17 +92,20 @@ def test_a_bad_step_is_refused_at_once_and_the_episode_goes_on(episodes: Episode
     assert Episodes.open(episodes.path).ends.tolist() == [2]
 
 
-def test_add_does_not_wait_for_a_slow_disk_and_gives_up_when_too_much_waits(
-    episodes: Episodes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = threading.Event()
-    real = episodes.extend
+@pytest.fixture
+def release(episodes: Episodes, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, the disk hangs."""
+    event, real = threading.Event(), episodes.extend
 
     def slow(block: Any) -> None:
-        release.wait(30)
+        event.wait(30)
         real(block)
 
     monkeypatch.setattr(episodes, "extend", slow)
+    return event
+
+
+def test_add_does_not_wait_for_a_slow_disk_and_gives_up_when_too_much_waits(episodes: Episodes, release: threading.Event) -> None:
     rng = np.random.default_rng(0)
     writer = EpisodeWriter(episodes, block=4, max_blocks=5)
     slowest = 0.0
@@ -131,15 +134,7 @@ def test_add_does_not_wait_for_a_slow_disk_and_gives_up_when_too_much_waits(
     assert Episodes.open(episodes.path).ends.tolist() == [1]
 
 
-def test_steps_from_files_wait_for_a_slow_disk(episodes: Episodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
-    real = episodes.extend
-
-    def slow(block: Any) -> None:
-        release.wait(30)
-        real(block)
-
-    monkeypatch.setattr(episodes, "extend", slow)
+def test_steps_from_files_wait_for_a_slow_disk(episodes: Episodes, release: threading.Event) -> None:
     steps = [make_step(np.random.default_rng(seed)) for seed in range(64)]
     with EpisodeWriter(episodes, block=2, max_blocks=1, wait=True) as writer:
         timer = threading.Timer(0.3, release.set)
