@@ -20,7 +20,7 @@ class Buttons:
     """Nodes with a button for the emergency stop each."""
 
     def __init__(self, ros: Sandbox) -> None:
-        self._ros, self._nodes = ros, dict[str, Any]()
+        self._ros, self._nodes, self._beats = ros, dict[str, Any](), list[Any]()
 
     def open(self, name: str) -> Any:
         """Its publisher, once it is heard."""
@@ -29,10 +29,17 @@ class Buttons:
         self._ros.until(lambda: publisher.get_subscription_count() >= 1, what="discovery")
         return publisher
 
+    def beat(self, name: str) -> None:
+        """Another that says all the time that it is not pressed, while the test's own node is spun."""
+        publisher = self.open(name)
+        self._beats.append(self._ros.node.create_timer(0.05, lambda: publisher.publish(Bool(data=False))))
+
     def close(self, name: str) -> None:
         self._nodes.pop(name).destroy_node()
 
     def close_all(self) -> None:
+        for timer in self._beats:  # before what they publish with: the next test spins the same node
+            self._ros.node.destroy_timer(timer)
         for name in list(self._nodes):
             self.close(name)
 
@@ -97,8 +104,7 @@ def test_the_emergency_stop_topic_is_heard_whatever_its_publisher_promises(runni
 
 def test_a_button_that_is_gone_while_pressed_is_released_by_its_own_node_only(active: Stand, buttons: Buttons) -> None:
     """Another panel says all the time that it is not pressed."""
-    panel = buttons.open("panel")
-    heartbeat = active.ros.node.create_timer(0.05, lambda: panel.publish(Bool(data=False)))
+    buttons.beat("panel")
     buttons.open("pendant").publish(Bool(data=True))
     active.rig.mode("estopped")
     assert "/pendant still says pressed" in active.rig.call("reset")[1]
@@ -108,7 +114,6 @@ def test_a_button_that_is_gone_while_pressed_is_released_by_its_own_node_only(ac
     assert not active.rig.call("reset")[0]
     buttons.open("pendant").publish(Bool(data=False))
     active.ros.until(lambda: active.rig.call("reset")[0], what="a release")
-    active.ros.node.destroy_timer(heartbeat)
 
 
 def test_a_button_that_never_comes_back_is_forgotten_by_a_cleanup_and_the_stop_stays(active: Stand, buttons: Buttons) -> None:

@@ -137,6 +137,20 @@ def test_nameless_buttons_are_not_taken_for_each_other(node: Node, requests: Req
     assert requests.reset()[1].startswith("a button said pressed on '/estop' and is gone: ")
 
 
+def test_a_button_whose_name_comes_after_its_word_is_known_by_it(node: Node, requests: Requests) -> None:
+    """A button speaks once, and discovery may have its publisher before its node."""
+    node.buttons = {b"one": "_NODE_NAME_UNKNOWN_"}
+    requests._on_estop(Bool(data=True), b"one")
+    node.buttons = {b"one": "pendant"}
+    requests.look()
+    node.buttons = {b"two": "_NODE_NAME_UNKNOWN_"}
+    assert requests.reset()[1].startswith("/pendant said pressed on '/estop' and is gone: ")
+    requests._on_estop(Bool(data=False), b"two")
+    assert not requests.reset()[0]  # whose word that was is not known
+    node.buttons = {b"two": "pendant"}
+    assert requests.reset()[0]
+
+
 def test_a_cleanup_forgets_a_button_that_is_gone_once_a_reset_was_refused_for_it(node: Node, requests: Requests) -> None:
     """The only way on when it never comes back; a cleanup for another reason is no word about a button."""
     node.buttons = {b"pendant": "pendant"}

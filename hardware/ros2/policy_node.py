@@ -253,6 +253,7 @@ class PolicyNode(LifecycleNode):
         if self.deployment is not None and (fault := self.deployment.fault) is not None and fault is not self._fault:
             self._fault = fault  # said once, at once: nobody may be asking for plans
             self.refuse(f"{fault}; deactivate, cleanup and configure begin another")
+        self.requests.look()
         self._watch_rivals()
         self._followed = self._commanded.get_subscription_count() > 0
         if time.monotonic() >= self._next_try:

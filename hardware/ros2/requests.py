@@ -133,6 +133,13 @@ class Requests:
                 del self._buttons[key]
         return [button.node or "a button" for button in gone.values()]
 
+    def look(self) -> None:
+        """Names of buttons that discovery has told since they were heard. Now and then: one that leaves takes its name along."""
+        with self._lock:
+            nameless = any(key is not None and not button.node for key, button in self._buttons.items())
+        if nameless:
+            self._there()
+
     def _pressed(self) -> str:
         """Which button still says pressed, and what a person does about it; empty: none."""
         topic, there = self._button.topic_name, self._there()
@@ -163,13 +170,21 @@ class Requests:
         return not here and bool(button.node) and any(not other.pressed for other in again)
 
     def _there(self) -> dict[bytes, str]:
-        """Who publishes the emergency stop: full names of nodes by gid; empty where the name is not known yet."""
+        """Who publishes the emergency stop: full names of nodes by gid; empty where the name is not known yet.
+
+        Discovery may have a publisher before it has its node, so what a button said first often comes without a name.
+        """
         infos = self._node.io.get_publishers_info_by_topic(self._button.topic_name)
         known = {bytes(info.endpoint_gid): info for info in infos}
-        return {
+        there = {
             gid: "" if info.node_name == _NAMELESS else f"{info.node_namespace.rstrip('/')}/{info.node_name}"
             for gid, info in known.items()
         }
+        with self._lock:
+            for key, button in self._buttons.items():
+                if key is not None:
+                    button.node = button.node or there.get(key, "")
+        return there
 
     def halt(self, name: str, why: str) -> Ticket | None:
         """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
