@@ -309,7 +309,7 @@ def test_pictures_are_decoded_elsewhere_and_only_the_newest() -> None:
     take = decoder.callback(inputs)
     begin = time.monotonic()
     for k in range(100):
-        take(SimpleNamespace(number=k))
+        take(SimpleNamespace(number=k), b"one")
     assert time.monotonic() - begin < 0.05 * 50  # 100 decoded ones would take 5 s
     end = time.monotonic() + 10.0
     while not seen or seen[-1].number != 99:
@@ -317,6 +317,7 @@ def test_pictures_are_decoded_elsewhere_and_only_the_newest() -> None:
         time.sleep(0.01)
     decoder.close()
     assert len(seen) < 50
+    assert inputs.origins(CLOCK.now()) == [b"one"]
 
 
 # ---- clock ---------------------------------------------------------------------------------------------------------------------

@@ -269,6 +269,30 @@ def test_a_second_master_of_the_joint_states_is_told_from_somebody_with_other_jo
     driver.arm.destroy_node()
 
 
+def test_a_second_tracker_is_noticed_and_one_of_another_frame_is_not(both: tuple[Driver, RosRobot]) -> None:
+    """The policy would see the object now here, now there."""
+    driver, robot = both
+    other = robot.node.create_publisher(message_type("geometry_msgs/msg/PoseStamped"), "objects/cube/pose", SENSOR.to_ros())
+    until(lambda: other.get_subscription_count() == 1, "it was not discovered")
+
+    def publish(frame: str, seconds: float = 0.4) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            other.publish(messages.pose(CUBE[:3] + 0.1, CUBE[3:], driver.clock.stamp(), frame))
+            time.sleep(0.013)
+
+    publish("camera")
+    assert robot.rivals() == []
+    publish("world")
+    assert len(rivals := robot.rivals()) == 1
+    assert rivals[0].startswith("2 nodes say on '/objects/cube/pose' what 'cube' is: ")
+    assert {"/driver", "/robot"} <= set(rivals[0].split(": ")[1].split(";")[0].split(" and "))
+    with pytest.raises(RosError, match="what 'cube' is"):
+        robot.reset(1)
+    until(lambda: robot.rivals() == [], "one that is silent is no master")
+    driver.arm.destroy_node()
+
+
 def test_what_is_missing_is_named_with_its_mend(ros: Sandbox) -> None:
     with Ros(signals=False) as own:
         node = own.node("robot")

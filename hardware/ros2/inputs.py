@@ -113,6 +113,10 @@ class Slot(Generic[T]):
         stamp = latest.stamp
         return now - (stamp.came if stamp.made is None else min(stamp.came, stamp.made))
 
+    def arriving(self, now: float) -> bool:
+        """Whether a good message came within the last second, in which :meth:`origins` looks."""
+        return self.latest is not None and now - self.latest.stamp.came <= _BESIDE
+
     @property
     def unchanged(self) -> float:
         """For how long the same value has come again and again, or the last few in turn, to the bit [s]; 0: not compared."""
@@ -157,18 +161,18 @@ class Decoder:
 
     def __init__(self, clock: RosClock) -> None:
         self._clock = clock
-        self._waiting: dict[str, tuple[Slot[Any], Any, float]] = {}
+        self._waiting: dict[str, tuple[Slot[Any], Any, float, bytes | None]] = {}
         self._there = threading.Condition()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
-    def callback(self, slot: Slot[Any]) -> Callable[[Any], None]:
-        """For the subscription of a slot."""
+    def callback(self, slot: Slot[Any]) -> Callable[[Any, bytes | None], None]:
+        """For the subscription of a slot, instead of :meth:`Slot.take`."""
 
-        def take(message: Any) -> None:
+        def take(message: Any, origin: bytes | None = None) -> None:
             with self._there:
-                self._waiting[slot.name] = (slot, message, self._clock.now())
+                self._waiting[slot.name] = (slot, message, self._clock.now(), origin)
                 self._there.notify()
 
         return take
@@ -186,5 +190,5 @@ class Decoder:
                 if self._ended:
                     return
                 waiting, self._waiting = self._waiting, {}
-            for slot, message, came in waiting.values():
-                slot.accept(message, came)
+            for slot, message, came, origin in waiting.values():
+                slot.accept(message, came, origin)

@@ -182,9 +182,9 @@ class RosRobot:
         return found
 
     def rivals(self) -> list[str]:
-        """Second masters: somebody else who commands, or measures our joints, too. An arm would jump between the two.
+        """Second masters: somebody else who commands, or measures our joints or an input. An arm would jump between them.
 
-        4 us a topic where all is well; 80 us where it is not. Others may use the topic of joint states for joints of their own.
+        4 us a topic where all is well; 80 us where it is not. Others may use a topic for what is not ours: other joints, frames.
         """
         found = []
         for key in self._publishers:
@@ -192,25 +192,24 @@ class RosRobot:
             if (count := self.node.count_publishers(path)) > 1:
                 who = _named(self.node.get_publishers_info_by_topic(path))
                 found.append(f"{count} nodes publish on '{path}': {who}; two masters make an arm jump, end the others")
-        for key in filter(self.slots.__contains__, _MEASURED):
-            path, origins = self._paths[key], self.slots[key].origins(self.clock.now())
+        for name, slot in self.slots.items():
+            path, origins = self._paths[self._key(name)], slot.origins(self.clock.now())
             if len(origins) > 1:
                 there = self.node.get_publishers_info_by_topic(path)
                 ours = [info for info in there if bytes(info.endpoint_gid) in origins]
                 if len(ours) != 1:  # the others have ended
-                    found.append(f"{len(origins)} nodes say on '{path}' where our joints are: {_named(ours or there)}; keep one")
+                    found.append(f"{len(origins)} nodes say on '{path}' {_what(name)}: {_named(ours or there)}; keep one")
         return found
 
     def doubts(self) -> list[str]:
-        """Topics with several publishers of which the middleware does not tell whose messages hold our joints."""
-        now = self.clock.now()
-        slots = [(self._paths[key], self.slots[key]) for key in _MEASURED if key in self.slots]
-        return [
-            f"several nodes publish on '{path}': {_named(infos)}; only one may say where our joints are"
-            for path, slot in slots
-            if slot.age(now) <= self.limits.freshness.state and not slot.origins(now)
-            if len(infos := self.node.get_publishers_info_by_topic(path)) > 1
-        ]
+        """Topics with several publishers of which the middleware does not tell whose messages we take."""
+        now, found = self.clock.now(), []
+        for name, slot in self.slots.items():
+            if slot.arriving(now) and not slot.origins(now):
+                infos = self.node.get_publishers_info_by_topic(path := self._paths[self._key(name)])
+                if len(infos) > 1:
+                    found.append(f"several nodes publish on '{path}': {_named(infos)}; only one may say {_what(name)}")
+        return found
 
     def close(self) -> None:
         """Take back subscriptions, publishers and threads. The node stays. No velocity is left behind."""
@@ -285,10 +284,11 @@ class RosRobot:
             source = None if topic.key in _MEASURED else self.profile.inputs[name]
             compared = source is not None and source.stuck is not None
             slot = self.slots[name] = Slot(name, self.clock, self._reader(topic.key, name), compared=compared)
-            callback = slot.take if source is not None else with_origin(slot.take)
+            take: Callable[[Any, bytes | None], None] = slot.take
             if source is not None and source.type != "pose":
                 self._decoder = self._decoder or Decoder(self.clock)
-                callback = self._decoder.callback(slot)
+                take = self._decoder.callback(slot)
+            callback = with_origin(take)
         made = self.node.create_subscription(message_type(topic.type), topic.name, callback, topic.quality.to_ros())
         self._keep(made, self.node.destroy_subscription)
         self._paths[topic.key] = made.topic_name
@@ -368,6 +368,11 @@ class RosRobot:
 
 def _moment(stamp: Stamp) -> float:
     return stamp.came if stamp.made is None else stamp.made
+
+
+def _what(name: str) -> str:
+    """What messages of a slot say, for people."""
+    return "where our joints are" if name in _MEASURED else f"what '{name}' is"
 
 
 def _named(infos: Iterable[Any]) -> str:
