@@ -19,7 +19,7 @@ from hardware.ros2.messages import JointReader, read_image, read_pose
 from hardware.ros2.outputs import Outputs, Send
 from hardware.ros2.profile import POSE, RosProfile
 from hardware.ros2.runtime import RosClock, RosError
-from hardware.ros2.services import ANSWER, TRIGGER, call, set_parameter
+from hardware.ros2.services import ANSWER, TRIGGER, call, client, set_parameter
 from hardware.ros2.topics import node_of
 from robopolicy.deploy.safety import Reason, Stamp
 from robopolicy.robot import Measured, RobotModel, Sample, State
@@ -66,6 +66,8 @@ class RosRobot:
         self._decoder: Decoder | None = None
         self._success = self._said = False  # in this episode; and the last word, whenever it was
         self._success_told = threading.Event()
+        if profile.reset is not None:
+            client(node, f"{profile.reset.node}/{profile.reset.service}", TRIGGER)  # not asked twice, so discovered by then
         self._seen: Latest[Any] | None = None  # of the state
         self._before: Latest[Any] | None = None
         self._positions = np.full(len(self.names), np.nan)
