@@ -176,15 +176,25 @@ class Stand:
         self.ros, self.folder, self.driver = ros, folder, Driver()
         self.rig = Rig(ros, checkpoint=str(folder / "first"), inference="thread", ready_timeout=5.0)
 
-    def start(self) -> None:
-        """~/start, granted; again where a busy computer delivers states late."""
+    def start(self) -> str:
+        """What ~/start says when it is granted; asked again where a busy computer delivers states late."""
 
-        def granted() -> bool:
+        def granted() -> str:
             ok, message = self.rig.call("start")
-            assert message == "policy begins" or message.startswith("stale"), message
-            return ok
+            assert message.startswith("policy begins" if ok else "stale"), message
+            return message if ok else ""
 
-        self.ros.until(granted, what="a start")
+        return str(self.ros.until(granted, what="a start"))
+
+    def refused(self) -> str:
+        """Why ~/start is refused; asked again where a busy computer delivers states late."""
+
+        def why() -> str:
+            ok, message = self.rig.call("start")
+            assert not ok
+            return "" if message.startswith("stale") else message
+
+        return str(self.ros.until(why, what="a refusal"))
 
     def sent(self) -> list[np.ndarray]:
         return [command for _, command in self.driver.commands]

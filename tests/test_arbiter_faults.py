@@ -293,8 +293,10 @@ def test_a_first_plan_from_a_world_of_long_ago_is_not_carried_out() -> None:
     """The arm stood meanwhile, others did not."""
     cell = Cell(threaded=True)
     cell.planner.gate.clear()
+    cell.planner.begun.clear()
     assert cell.ask("start")[0]
     cell.run(5.0)
+    assert cell.planner.begun.wait(30.0)
     cell.planner.gate.set()
     asked = len(cell.planner.asked)
     while cell.engine._answered < cell.engine._asked:

@@ -169,8 +169,7 @@ def test_start_while_inactive_says_what_to_do(stand: Stand) -> None:
 def test_a_start_outside_the_limits_is_refused_and_names_the_joint(active: Stand) -> None:
     active.driver.put(joint4=2.95)
     active.ros.spin(0.1)
-    ok, message = active.rig.call("start")
-    assert not ok
+    message = active.refused()
     assert "joint4: 2.95, limit 2.8" in message
     assert message in active.rig.until(lambda told: "joint4" in told["refused"])["refused"]
     assert "joint4" in active.diagnosis("node").message
@@ -181,9 +180,7 @@ def test_a_start_outside_the_limits_is_refused_and_names_the_joint(active: Stand
 def test_a_start_unlike_the_training_data_is_refused_and_names_the_joint(active: Stand) -> None:
     active.driver.put(joint1=-2.5)  # within the limits, and nowhere near a demonstration
     active.ros.spin(0.1)
-    ok, message = active.rig.call("start")
-    assert not ok
-    assert "start_unfamiliar qpos joint1: -2.5" in message
+    assert "start_unfamiliar qpos joint1: -2.5" in active.refused()
     assert active.sent() == []
 
 
@@ -221,8 +218,7 @@ def test_a_stop_decelerates_and_goes_on_sending_the_held_position(running: Stand
 
 def test_stale_joint_states_hold_the_arm_and_diagnostics_say_so(running: Stand) -> None:
     running.driver.alive = False
-    told = running.rig.mode("holding")
-    assert told["cause"].startswith("stale")
+    running.rig.until(lambda told: told["mode"] == "holding" and told["cause"].startswith("stale"))
     running.still()
     entry = running.diagnosis("inputs")
     assert entry.level == b"\x02"
@@ -232,7 +228,7 @@ def test_stale_joint_states_hold_the_arm_and_diagnostics_say_so(running: Stand) 
     running.driver.alive = True
     running.ros.spin(0.5)
     assert running.rig.told[-1]["mode"] == "stopped"  # only a person starts it again
-    assert running.rig.call("start")[0]
+    running.start()
 
 
 def test_it_starts_by_itself_once_and_only_once(stand: Stand) -> None:
@@ -295,9 +291,7 @@ def test_after_an_activation_control_begins_where_the_arm_is(running: Stand) -> 
 def test_the_deadman_lets_it_move_and_stops_it(stand: Stand) -> None:
     assert stand.rig.set(deadman=True) == []
     assert stand.rig.to("activate")
-    ok, message = stand.rig.call("start")
-    assert not ok
-    assert "deadman" in message
+    assert "deadman" in stand.refused()
     hand = stand.ros.node.create_publisher(Bool, "deadman", SIGNAL.to_ros())
     timer = stand.ros.node.create_timer(0.03, lambda: hand.publish(Bool(data=True)))
     stand.ros.until(lambda: _pressed(stand), what="the deadman to be seen")
@@ -322,9 +316,7 @@ def test_in_shadow_mode_nothing_is_sent_and_everything_is_shown(stand: Stand) ->
     assert stand.rig.set(mode="shadow") == []
     assert stand.rig.to("configure", "activate")
     assert stand.ros.node.get_publishers_info_by_topic(f"/{PROFILE.command.topic}") == []  # there is not even a publisher
-    ok, message = stand.rig.call("start")
-    assert ok
-    assert "shadow mode: nothing is sent" in message
+    assert "shadow mode: nothing is sent" in stand.start()
     assert stand.rig.until(lambda told: told["mode"] == "running")["drives"] == "shadow"
     shown = stand.ros.messages(JointState, f"{NAME}/shadow", 60)
     assert shown[0].name == list(PROFILE.names)
@@ -353,7 +345,7 @@ def test_a_checkpoint_is_swapped_while_inactive_and_only_then(running: Stand) ->
     running.driver.put()
     running.ros.spin(0.1)
     assert rig.to("activate")
-    assert rig.call("start")[0]
+    running.start()
     running.ros.until(lambda: running.sent()[-1][0] > 0.1, what="the way that the second one goes")
     assert rig.to("deactivate")
     assert rig.set(checkpoint=str(running.folder / "first")) == []
@@ -377,7 +369,7 @@ def test_an_exception_in_control_stops_the_arm_and_is_said(running: Stand, monke
 def test_the_death_of_the_inference_process_stops_the_arm(stand: Stand) -> None:
     assert stand.rig.set(inference="process") == []
     assert stand.rig.to("activate")
-    assert stand.rig.call("start")[0]
+    stand.start()
     stand.ros.until(lambda: len(stand.sent()) > 10, what="commands")
     planner: Any = stand.rig.node.deployment._planner  # type: ignore[union-attr]
     os.kill(planner.pid, signal.SIGKILL)

@@ -68,7 +68,7 @@ def test_an_emergency_stop_latches_until_reset_and_then_start(running: Stand) ->
     rest = running.sent()[-1]
     running.ros.spin(0.3)
     np.testing.assert_array_equal(running.sent()[-1], rest)
-    assert rig.call("start")[0]
+    running.start()
 
 
 def test_an_emergency_stop_outlives_deactivate_cleanup_and_configure(running: Stand) -> None:
@@ -78,7 +78,7 @@ def test_an_emergency_stop_outlives_deactivate_cleanup_and_configure(running: St
     assert rig.mode("estopped")
     assert rig.call("start")[0] is False
     assert rig.call("reset")[0]
-    assert rig.call("start")[0]
+    running.start()
 
 
 @pytest.mark.parametrize("quality", [SIGNAL.to_ros(), LATCHED.to_ros(), qos_profile_sensor_data], ids=["cli", "latched", "fast"])
@@ -136,7 +136,7 @@ def test_a_reset_alone_moves_nothing_though_the_node_starts_by_itself(stand: Sta
     assert stand.rig.call("reset")[0]
     stand.ros.spin(1.5)
     assert stand.sent() == []
-    assert stand.rig.call("start")[0]
+    stand.start()
     stand.rig.mode("running")
     assert stand.rig.set(autostart=False) == []
 
@@ -159,7 +159,7 @@ def test_a_second_master_on_the_command_topic_is_refused(active: Stand) -> None:
     assert not ok
     assert "2 nodes publish on '/forward_position_controller/commands'" in message
     active.ros.until(lambda: not active.rig.node.robot.rivals(), what="its end")  # type: ignore[union-attr]
-    assert active.rig.call("start")[0]
+    active.start()
 
 
 def test_a_second_master_that_comes_while_the_arm_moves_stops_it(running: Stand) -> None:
@@ -228,7 +228,6 @@ def test_a_sensor_that_says_the_same_for_ever_holds_the_arm(watched: Stand) -> N
     watched.rig.until(lambda told: told["mode"] == "holding" and told["cause"].startswith("stuck cube: "))
     assert watched.rig.mode("stopped")["cause"].startswith("stuck cube: ")
     watched.still()
-    ok, message = watched.rig.call("start")
-    assert not ok
+    message = watched.refused()
     assert message.startswith("stuck cube: ")
     assert "restart that sensor" in message

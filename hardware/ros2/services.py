@@ -1,7 +1,7 @@
 """Calling services and waiting for the answer, from a thread that does not spin the node: never from a callback.
 
-An answer can be lost: rmw_fastrtps waits 0.1 s for a client that its server has not discovered yet, and then sends none (its issue 842).
-So a node keeps its clients, and what can be asked twice is.
+An answer can be lost: rmw_fastrtps waits 0.1 s for a client that its server has not discovered yet, and then sends none (its
+issue 842). So a node keeps its clients, and what can be asked twice is.
 """
 
 from __future__ import annotations
