@@ -154,6 +154,12 @@ class Rig:
         answer = self.ros.call(SetBool, f"{NAME}/enable", SetBool.Request(data=on))
         return answer.success, answer.message
 
+    def arm(self, at_once: bool = True) -> None:
+        """As if the node had just started with ``autostart:=true``, in the state it is in. ``at_once`` False: its first step is
+        left out."""
+        self.node._next_step = 0.0 if at_once else np.inf
+        self.node.requests.armed = True
+
     def set(self, **values: Any) -> list[str]:
         """Why they were refused; [] when they were taken."""
         return self.ros.set(NAME, **values)

@@ -235,18 +235,77 @@ def test_it_starts_by_itself_once_and_only_once(stand: Stand) -> None:
     """Whoever else starts it meanwhile, and whatever stops it then: a person starts it again."""
     stand.driver.alive = False
     stand.ros.spin(0.3)
-    assert stand.rig.set(autostart=True) == []
-    assert stand.rig.to("activate")
-    stand.rig.until(lambda told: "autostart refused" in told["refused"])
+    stand.rig.arm()
+    stand.rig.until(lambda told: told["refused"].startswith("autostart waits: stale"))
     stand.driver.alive = True
-    stand.ros.until(lambda: stand.rig.call("start")[0] or stand.rig.told[-1]["source"] == "policy", what="a start")
     stand.rig.mode("running")
+    assert stand.rig.told[-1]["refused"] == ""
     stand.driver.alive = False
     stand.rig.mode("stopped")
     stand.driver.alive = True
-    stand.ros.spin(2.2)
+    stand.ros.spin(1.2)  # it would do its next step twice
     assert stand.rig.told[-1]["mode"] == "stopped"
-    assert stand.rig.set(autostart=False) == []
+    assert stand.rig.to("deactivate", "activate")
+    stand.driver.commands.clear()
+    stand.ros.spin(1.2)
+    assert stand.sent() == []
+
+
+def test_a_stop_while_it_configures_by_itself_is_kept(stand: Stand) -> None:
+    assert stand.rig.to("cleanup")
+    stand.driver.alive = False
+    assert stand.rig.set(ready_timeout=60.0) == []
+    stand.rig.arm()
+    stand.ros.until(lambda: stand.rig.node.lifecycle == "configuring", what="a configure by itself")
+    said = "the node is configuring: nothing moves; autostart is off; call ~/start once the node is active"
+    assert stand.rig.call("stop") == (True, said)
+    said = "autostart is off: stop (asked); call ~/start once the node is active"
+    stand.rig.until(lambda told: told["lifecycle"] == "configuring" and told["refused"] == said)  # at once
+    stand.driver.alive = True
+    stand.rig.until(lambda told: told["lifecycle"] == "inactive" and told["refused"] == said, 60)
+    assert said in stand.diagnosis("node").message
+    assert stand.rig.set(ready_timeout=5.0) == []
+    stand.ros.spin(1.2)
+    assert stand.rig.node.lifecycle == "inactive"
+    assert stand.rig.to("activate")
+    stand.start()
+    stand.rig.until(lambda told: told["refused"] == "")
+
+
+def test_a_refusal_ends_autostart_so_that_mending_it_moves_nothing(stand: Stand) -> None:
+    stand.driver.put(joint1=2.0)
+    stand.ros.spin(0.3)
+    stand.rig.arm()
+    told = stand.rig.until(lambda told: "autostart is off: start_unfamiliar" in told["refused"])
+    assert told["refused"].endswith("or go home; call ~/start once the node is active")
+    stand.driver.put()
+    stand.ros.spin(1.2)
+    assert stand.sent() == []
+    assert stand.rig.told[-1]["lifecycle"] == "active"
+    stand.start()
+
+
+def test_an_error_ends_autostart(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand.rig.node, "_activate", lambda: 1 // 0)
+    stand.rig.arm()
+    stand.rig.until(lambda told: "autostart is off: activate failed: ZeroDivisionError" in told["refused"])
+    monkeypatch.undo()
+    stand.ros.spin(1.2)
+    assert stand.rig.node.lifecycle == "unconfigured"
+
+
+def test_a_transition_that_is_asked_for_ends_autostart_though_it_is_refused(stand: Stand) -> None:
+    stand.rig.arm(at_once=False)
+    assert not stand.rig.to("deactivate")  # it is inactive
+    assert not stand.rig.node.requests.armed
+
+
+def test_autostart_counts_when_the_node_starts_and_is_not_set_later(stand: Stand) -> None:
+    assert stand.rig.to("cleanup")
+    said = stand.rig.set(autostart=True)
+    assert said == ["autostart counts when the node starts, and is not changed later; call ~/start"]
+    assert stand.rig.set(autostart=False) == []  # as it is: of a file of parameters
+    assert not stand.rig.node.requests.armed
 
 
 def test_a_stop_waits_for_no_start_that_waits_for_its_plan(active: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

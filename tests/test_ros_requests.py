@@ -39,7 +39,7 @@ class Node:
 
     def __init__(self) -> None:
         self.arbiter, self.io, self.refused, self.reports = Arbiter(), self, "", 0
-        self.shadowed = False
+        self.shadowed, self.logged = False, list[str]()
         self.problems: Callable[[], list[str]] = list
         self.buttons: dict[bytes, str] = {}  # publishers of the emergency stop
         self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
@@ -55,6 +55,9 @@ class Node:
 
     def get_publishers_info_by_topic(self, topic: str) -> list[Any]:
         return [SimpleNamespace(node_name=name, node_namespace="/", endpoint_gid=list(gid)) for gid, name in self.buttons.items()]
+
+    def get_logger(self) -> Any:
+        return SimpleNamespace(warning=self.logged.append)
 
     def refuse(self, what: str) -> None:
         self.refused = what
@@ -197,17 +200,51 @@ def test_where_nobody_says_who_speaks_no_release_of_several_counts(node: Node, r
 
 def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requests) -> None:
     """Autostart asks on the main thread; a stop is heard while it looks at the topics."""
-    before = requests.acts
+    requests.armed = True
 
     def stopped() -> list[str]:
         requests._on_halt("stop", None, SimpleNamespace())
         return []
 
     node.problems = stopped
-    ok, message = requests.start(acts=before)
+    ok, message = requests.start(by_itself=True)
     assert not ok
     assert "call ~/start" in message
     assert node.arbiter.asked == ["stop"]
+
+
+@pytest.mark.parametrize("name", ["stop", "estop", "home", "start", "reset", "enable", "disable", "button"])
+@pytest.mark.parametrize("there", [True, False])
+def test_whatever_is_asked_ends_autostart_and_the_answer_says_so(node: Node, requests: Requests, name: str, there: bool) -> None:
+    """Also while the node configures, and nothing is there that could be stopped."""
+    requests.armed, response = True, SimpleNamespace(message="")
+    if not there:
+        node.deployment, node.lifecycle = None, "configuring"
+    if name in ("stop", "estop"):
+        requests._on_halt(name, None, response)
+    elif name in ("enable", "disable"):
+        requests._on_enable(SimpleNamespace(data=name == "enable"), response)
+    elif name == "button":
+        requests._on_estop(Bool(data=True))
+    else:
+        requests._on_trigger(name, getattr(requests, name), None, response)
+    assert not requests.armed
+    assert not requests.start(by_itself=True)[0]
+    assert len(node.logged) == 1
+    granted = there and name in ("home", "start", "enable")
+    assert ("autostart is off; call ~/start" in response.message) == (not granted and name != "button")
+    assert requests.disarmed.startswith("autostart is off: ") == (not granted)
+    assert requests.disarm("again") == ""
+
+
+def test_a_start_by_itself_happens_once(node: Node, requests: Requests) -> None:
+    requests.armed = True
+    node.arbiter.answer = False, "refused: stale state: 0.4, limit 0.3"
+    assert requests.start(by_itself=True) == (False, "stale state: 0.4, limit 0.3")
+    node.arbiter.answer = True, "policy begins"
+    assert requests.start(by_itself=True)[0]
+    assert not requests.start(by_itself=True)[0]
+    assert node.arbiter.asked == ["start", "start"]
 
 
 def test_a_refused_start_says_what_to_do(node: Node, requests: Requests) -> None:

@@ -26,8 +26,9 @@ class NodeConfig(DeployConfig):
 
     autostart: bool = pydantic.Field(
         default=False,
-        description="Configure, activate and start by itself, so the arm MOVES as soon as its inputs are there. Once: what stops "
-        "it later is started again by a person. False: lifecycle services, then ~/start.",
+        description="Configure, activate and start by itself, so the arm MOVES as soon as its inputs are there. Once, when the "
+        "node starts; not to be set later. Whatever is asked meanwhile, or refused for more than inputs that are not there yet, "
+        "ends it: a person calls ~/start. False: lifecycle services, then ~/start.",
     )
     ready_timeout: float = pydantic.Field(
         default=10.0, ge=0.1, le=600.0, description="Seconds that configure waits for the first message of every input."

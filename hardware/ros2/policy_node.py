@@ -43,9 +43,10 @@ _TICK = 0.1  # [s] between diagnostics
 _POLL = 0.05  # [s] between looks at what is missing
 _NOT_READY = "the robot is not ready"
 _BUSY = 0.3  # [s] that inputs get to become fresh
-_RETRY = 1.0  # [s] between attempts of autostart
+_NEXT = 0.5  # [s] between steps of autostart: what was asked during one is heard before the next
+_LATER = ("nothing has come on", "nobody listens on", "stale ")  # refusals of a start that a driver ends by coming
 _AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
-_ANY_TIME = {"autostart", "ready_timeout"}
+_ANY_TIME = {"ready_timeout"}
 SUCCESS, FAILURE, ERROR = (getattr(TransitionCallbackReturn, name) for name in ("SUCCESS", "FAILURE", "ERROR"))
 
 
@@ -73,11 +74,9 @@ class PolicyNode(LifecycleNode):
         self.refused = ""
         self.over = False
         self._time, self._messages, self._ending = RosClock(), messages, ending or threading.Event()
-        self._configures = True  # autostart; it tries until it works, or never will
-        self._starts: int | None = None  # autostart, unless somebody has started or stopped since
-        self._next_try = 0.0
+        self._next_step = 0.0  # of autostart
         parameters.declare(self)
-        parameters.read(self)
+        config = parameters.read(self)
         rename = ["--ros-args", "-r", f"__node:={self.get_name()}_io"]  # counts before a __node of the command line
         self.io = messages.node(f"{name}_io", namespace=self.get_namespace(), cli_args=rename)
         me = self.get_fully_qualified_name()
@@ -85,7 +84,8 @@ class PolicyNode(LifecycleNode):
         self._commanded = self.io.create_publisher(JointState, f"{me}/commanded", SIGNAL.to_ros())
         self._fault: BaseException | None = None  # of inference, that has been said
         self._followed = False  # somebody listens to ~/commanded
-        self.requests, self.reporter = Requests(self), Reporter(self, self._time)
+        self.requests, self.reporter = Requests(self, armed=config.autostart), Reporter(self, self._time)
+        self._hear_transitions()
         self.add_on_set_parameters_callback(self._on_parameters)
         self.create_timer(_TICK, self._tick)
 
@@ -106,6 +106,17 @@ class PolicyNode(LifecycleNode):
         self.refused = what
 
     # ---- lifecycle -----------------------------------------------------------------------------------------------------------
+
+    def _hear_transitions(self) -> None:
+        """Whoever asks for a transition ends autostart, also where rclpy refuses it and calls nothing of ours."""
+        service = self._service_change_state
+        change = service.callback
+
+        def asked(request: Any, response: Any) -> Any:
+            self.requests.disarm("a transition was asked for")
+            return change(request, response)
+
+        service.callback = asked
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         return self._transition("configure", self._configure)
@@ -171,11 +182,9 @@ class PolicyNode(LifecycleNode):
         if (fault := self.deployment.fault) is not None:
             raise RosError(f"{fault}; cleanup and configure begin another")
         self._names = list(self.deployment.limits.names)
-        acts = self.requests.acts
         arbiter = self.deployment.activate(self.requests.estopped, self._show)
         if self.requests.estopped:  # it may have come while there was no arbiter yet
             arbiter.request("estop", why=self.requests.estopped)
-        self._starts = acts if parameters.read(self).autostart and not self.requests.estopped else None
         self._catch_up(self.deployment.limits.freshness.state)
 
     def _catch_up(self, fresh: float) -> None:
@@ -187,7 +196,6 @@ class PolicyNode(LifecycleNode):
 
     def _deactivate(self) -> None:
         """The policy ends first, then the arm comes to rest, then nothing is sent any more."""
-        self._starts = None
         if self.deployment is not None:
             self.deployment.deactivate()
 
@@ -197,7 +205,6 @@ class PolicyNode(LifecycleNode):
             self.get_logger().warning(f"forgotten: {' and '.join(gone)} said pressed on the emergency stop's topic, and is gone")
 
     def _release(self) -> None:
-        self._starts = None
         deployment, robot, self.deployment, self.robot = self.deployment, self.robot, None, None
         try:
             if deployment is not None:
@@ -221,6 +228,8 @@ class PolicyNode(LifecycleNode):
         try:
             config = parameters.read(self, changes)
             changed = {change.name for change in changes if change.value != self.get_parameter(change.name).value}
+            if "autostart" in changed:
+                raise ConfigError("autostart counts when the node starts, and is not changed later; call ~/start")
             if self.deployment is not None and changed - _ANY_TIME:
                 self._swap(self.deployment, config, changed)
         except RobopolicyError as error:
@@ -256,8 +265,9 @@ class PolicyNode(LifecycleNode):
         self.requests.look()
         self._watch_rivals()
         self._followed = self._commanded.get_subscription_count() > 0
-        if time.monotonic() >= self._next_try:
+        if self.requests.armed and time.monotonic() >= self._next_step:
             self._autostart()
+            self._next_step = time.monotonic() + _NEXT
         self.report()
 
     def _watch_rivals(self) -> None:
@@ -271,21 +281,21 @@ class PolicyNode(LifecycleNode):
 
     def report(self) -> None:
         """~/state and diagnostics, now: whoever was answered finds them up to date."""
-        self.reporter.report(self.lifecycle, self.refused, self.requests.estopped, self.deployment, self.robot)
+        refused = "; ".join(filter(None, (self.refused, self.requests.disarmed)))
+        self.reporter.report(self.lifecycle, refused, self.requests.estopped, self.deployment, self.robot)
 
     def _autostart(self) -> None:
-        if self._starts is not None:
-            if self._starts != self.requests.acts:  # it has started, or somebody else did, or stopped: a person starts it then
-                self._starts = None
-                return
-            ok, message = self.requests.start(acts=self._starts)
-            self.refuse("" if ok else f"autostart refused: {message}")
-        elif self._configures and self.lifecycle == "unconfigured" and self.get_parameter("autostart").value:
-            done = self.trigger_configure() == SUCCESS and self.trigger_activate() == SUCCESS
-            self._configures = not done and _NOT_READY in self.refused  # an arm may come later, a checkpoint will not
+        """One step. It is tried again until the driver is there, and for nothing else: who mends that may stand in the way."""
+        if self.lifecycle == "active":
+            done, why = self.requests.start(by_itself=True)
+            later = why.startswith(_LATER) and "clock_ahead" not in why
+            self.refuse(f"autostart waits: {why}" if later and not done else "")
         else:
-            return
-        self._next_try = time.monotonic() + _RETRY
+            step = self.trigger_configure if self.lifecycle == "unconfigured" else self.trigger_activate
+            done, why = step() == SUCCESS, self.refused
+            later = _NOT_READY in why
+        if not done and not later and self.requests.disarm(why):
+            self.refuse("")  # that says it
 
     def _show(self, period: Period) -> None:
         """What was wanted, to who listens, and in shadow mode what would have been sent. On the control thread: 0.1 ms each."""

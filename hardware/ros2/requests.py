@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _NAMELESS = "_NODE_NAME_UNKNOWN_"  # of the middleware, until discovery has the node
 _PRESSES = 10  # messages of the emergency stop that may wait: a press is heard though its release follows at once
 _FORGET = "deactivate, cleanup and configure the node (that forgets it), and reset"
+_CALL = "call ~/start once the node is active"
 Said = tuple[bool, str]  # whether it was done, and what there is to say
 
 
@@ -54,14 +55,16 @@ class Requests:
 
     Args:
         node: Offers them.
+        armed: The node starts by itself.
 
     Attributes:
         estopped: Why the emergency stop is latched; empty: it is not.
-        acts: How often somebody started or stopped: what starts by itself gives up then.
+        armed: Autostart is not over: it has not started, nobody has asked for anything, and nothing but a driver is missing.
+        disarmed: Why it was over without a start, and what to do; empty: it was not, or somebody has started since.
     """
 
-    def __init__(self, node: PolicyNode) -> None:
-        self._node, self.estopped, self.acts = node, "", 0
+    def __init__(self, node: PolicyNode, armed: bool = False) -> None:
+        self._node, self.estopped, self.armed, self.disarmed = node, "", armed, ""
         self._lock = threading.Lock()  # autostart asks from the main thread
         self._buttons: dict[bytes | None, _Button] = {}  # by gid; None: those that cannot be told apart
         self._heard, self._blind = 0, False  # messages of the emergency stop; the middleware does not say whose they are
@@ -77,12 +80,12 @@ class Requests:
             io.create_service(Trigger, f"{me}/{name}", functools.partial(self._on_halt, name))
         io.create_service(SetBool, f"{me}/enable", self._on_enable)
 
-    def start(self, name: str = "start", acts: int | None = None) -> Said:
+    def start(self, name: str = "start", by_itself: bool = False) -> Said:
         """``start`` or ``home``: granted or refused. What comes of it later, with the first plan, is in ~/state.
 
         Args:
             name: Which.
-            acts: Refused if anybody has started or stopped since there were so many.
+            by_itself: Autostart asks: refused once that is over.
         """
         node, arbiter = self._node, self._arbiter()
         robot = node.robot
@@ -95,15 +98,24 @@ class Requests:
         with self._lock:  # who stops now stops what is asked for here
             if self.estopped:
                 return False, f"estopped ({self.estopped}): reset first, then start"
-            if acts is not None and acts != self.acts:
-                return False, "somebody else has started or stopped it; call ~/start"
+            if by_itself and not self.armed:
+                return False, self.disarmed
             ticket = arbiter.request(name)
         ok, message = ticket.wait()
-        if ok or ticket.answer is None:  # or it begins later than one waits
+        if ok:
             with self._lock:
-                self.acts += 1
+                self.armed, self.disarmed = False, ""
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
         return ok, message.removeprefix("refused: ") + shadow + ("" if ok else mend(message))
+
+    def disarm(self, why: str) -> str:
+        """Autostart is over, for good. What there is to say of that; empty: it was over before."""
+        with self._lock:
+            if not self.armed:
+                return ""
+            self.armed, self.disarmed = False, f"autostart is off: {why}; {_CALL}"
+        self._node.get_logger().warning(self.disarmed)
+        return f"autostart is off; {_CALL}"
 
     def home(self) -> Said:
         return self.start("home")
@@ -188,8 +200,8 @@ class Requests:
 
     def halt(self, name: str, why: str) -> Ticket | None:
         """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
+        self.disarm(f"{name} ({why})")
         with self._lock:
-            self.acts += 1
             if name == "estop":
                 self.estopped = self.estopped or why
             arbiter = self._arbiter()
@@ -198,19 +210,26 @@ class Requests:
     # ---- services and topics -------------------------------------------------------------------------------------------------
 
     def _on_trigger(self, name: str, act: Callable[[], Said], request: Any, response: Any) -> Any:
+        off = self.disarm(f"{name} was asked for")
         try:
             ok, message = act()
         except Exception as error:  # of an arm that the main thread lets go of; this thread must live on, to hear stops
             ok, message = False, f"{type(error).__name__}: {error}"
+        if off and self.disarmed:  # a start that is granted says enough
+            message += f"; {off}"
         self._node.refuse("" if ok else f"{name} refused: {message}")
         self._node.report()
         response.success, response.message = ok, message
         return response
 
     def _on_halt(self, name: str, request: Any, response: Any, why: str = "asked") -> Any:
+        off = self.disarm(f"{name} ({why})")
         ticket = self.halt(name, why)
         nothing = True, f"the node is {self._node.lifecycle}: nothing moves"
-        response.success, response.message = nothing if ticket is None else ticket.wait()
+        response.success, message = nothing if ticket is None else ticket.wait()
+        response.message = f"{message}; {off}" if off else message
+        if off:
+            self._node.report()
         return response
 
     def _on_enable(self, request: Any, response: Any) -> Any:
