@@ -103,7 +103,7 @@ class Requests:
             with self._lock:
                 self.acts += 1
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
-        return ok, message.removeprefix("refused: ") + shadow + ("" if ok else mend(message))
+        return ok, robot.explained(message.removeprefix("refused: ")) + shadow + ("" if ok else mend(message))
 
     def home(self) -> Said:
         return self.start("home")
