@@ -21,7 +21,7 @@ from robopolicy.deploy.clock import Clock, Tick, Ticker, quiet
 from robopolicy.deploy.latency import Log
 from robopolicy.deploy.requests import REQUESTS, Answer, Ticket
 from robopolicy.deploy.safety import Mode, Reason, Result, SafetyFilter, Stamp
-from robopolicy.deploy.sources import ControlConfig, Idle, Source, Target, age
+from robopolicy.deploy.sources import ControlConfig, Idle, LateError, Source, Target, age
 from robopolicy.deploy.status import Period, Status, ages, timing
 from robopolicy.errors import ConfigError, nearest
 from robopolicy.robot import Robot, State
@@ -263,7 +263,12 @@ class Arbiter:
 
     def _await(self, now: float, state: State) -> None:
         """The arm stands until the source's first target is there, and starts from where it is then."""
-        if not self._source.ready(now):
+        try:
+            ready = self._source.ready(now)
+        except LateError as error:
+            self.rest(str(error))
+            return
+        if not ready:
             self.safety.stop("the first plan is awaited")
             return
         if self.safety.mode not in _MOVING:
