@@ -162,6 +162,9 @@ def status(**changes: Any) -> Status:
     return Status(**{**values, **changes})
 
 
+NONE_YET = {"policy": {"inference_ms": {"p50": float("nan"), "p99": float("nan")}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "entry", "level", "says"),
     [
@@ -191,6 +194,11 @@ def test_diagnostics_say_what_is_wrong_and_how_bad_it_is(changes: dict[str, Any]
 
 def test_before_the_first_period_nothing_hangs() -> None:
     before = status(time=float("nan"), periods=0, rate=0.0, lateness_ms={}, work_ms={}, ages={}, set_point=None)
+def test_a_dead_inference_process_is_an_error_whatever_was_asked_for_since() -> None:
+    found = health(status(mode="stopped", cause="asked", reports=NONE_YET), 10.1, PROFILE.safety, {}, "it was killed by SIGKILL")
+    assert next((one.level, one.message) for one in found if one.name == "inference") == (Level.ERROR, "it was killed by SIGKILL")
+
+
     assert {one.level for one in health(before, 10.0, PROFILE.safety, {})} == {Level.OK}
     assert np.isnan(before.time)
 

@@ -400,9 +400,14 @@ def test_the_death_of_the_inference_process_stops_the_arm(stand: Stand) -> None:
 def test_the_death_of_an_inference_process_that_nobody_asks_is_said_at_once(stand: Stand) -> None:
     assert stand.rig.set(inference="process") == []
     assert stand.rig.to("activate")
+    assert stand.diagnosis("inference").message == "nothing planned yet"
     planner: Any = stand.rig.node.deployment._planner  # type: ignore[union-attr]
     os.kill(planner.pid, signal.SIGKILL)
     told = stand.rig.until(lambda told: "inference process" in told["refused"])
+    assert stand.rig.call("stop")[0]
+    entry = stand.diagnosis("inference")
+    assert entry.level == b"\x02"
+    assert "killed by SIGKILL" in entry.message
     assert "killed by SIGKILL" in told["refused"]
     assert "deactivate, cleanup and configure" in told["refused"]
     ok, message = stand.rig.call("start")

@@ -63,7 +63,7 @@ def node(lifecycle: str, refused: str, rivals: Sequence[str], doubts: Sequence[s
     return Health("node", level, f"{lifecycle}: {message}" if message else lifecycle, _texts({"refused": refused, **facts}))
 
 
-def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[str, int]) -> list[Health]:
+def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[str, int], dead: str = "") -> list[Health]:
     """Everything about control.
 
     Args:
@@ -72,10 +72,11 @@ def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[s
         limits: Of its safety filter.
         rejected: Messages that were refused, by input and reason.
     """
+        dead: Why there will be no more plans; empty: there will be.
     silent = now - status.time
     if status.periods and silent > _HANGS:
         return [Health("control", Level.ERROR, f"no control period for {silent:.1f} s: control hangs", {"mode": status.mode})]
-    return [_control(status), _timing(status, limits), _inputs(status, limits, rejected), _inference(status)]
+    return [_control(status), _timing(status, limits), _inputs(status, limits, rejected), _inference(status, dead)]
 
 
 def _control(status: Status) -> Health:
@@ -126,11 +127,12 @@ def _inputs(status: Status, limits: SafetyLimits, rejected: Mapping[str, int]) -
     return Health("inputs", Level.ERROR if stale else Level.OK, message, _texts(facts))
 
 
-def _inference(status: Status) -> Health:
+def _inference(status: Status, dead: str) -> Health:
     report = status.reports.get("policy", {})
     latency = report.get("inference_ms", {})
-    fault = status.cause if status.cause.startswith("inference") else ""
-    known = f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" if "p50" in latency else "nothing planned yet"
+    fault = dead or (status.cause if status.cause.startswith("inference") else "")
+    latency = {rank: value for rank, value in latency.items() if not math.isnan(value)}
+    known = f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" if latency else "nothing planned yet"
     facts = {f"latency_ms {rank}": value for rank, value in latency.items()}
     facts |= {name: value for name, value in report.items() if name != "inference_ms"}
     return Health("inference", Level.ERROR if fault else Level.OK, fault or known, _texts(facts))
@@ -167,7 +169,8 @@ class Reporter:
         if status is not None and deployment is not None and robot is not None:
             slots = [(name, slot.rejected.copy()) for name, slot in robot.slots.items()]  # it may grow meanwhile
             rejected = {f"{name}: {kind}": count for name, counts in slots for kind, count in counts.items()}
-            entries += health(status, self._clock.now(), deployment.limits, rejected)
+            dead = "" if deployment.fault is None else str(deployment.fault)
+            entries += health(status, self._clock.now(), deployment.limits, rejected, dead)
         with self._lock:
             self._log(status)
             self._tell(lifecycle, refused, estopped, status, {name: facts[name] for name in ("drives", "checkpoint", "profile")})
