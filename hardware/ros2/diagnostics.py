@@ -35,6 +35,7 @@ _HANGS = 0.5  # [s] without a period
 _SAME = 5.0  # [s] in which a kind of intervention is logged once
 _MISSED = 0.01  # share of periods from which on the timing is worth a warning
 _MODES = ("stop", "estop")  # interventions that ~/state tells
+_MUTED = "nothing is sent until the next ~/start"
 _WANTED = ("asked", "disabled", "idle", "home reached", "control ends")  # causes of stops that somebody meant
 
 
@@ -71,8 +72,8 @@ def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[s
         now: On its clock [s].
         limits: Of its safety filter.
         rejected: Messages that were refused, by input and reason.
-    """
         dead: Why there will be no more plans; empty: there will be.
+    """
     silent = now - status.time
     if status.periods and silent > _HANGS:
         return [Health("control", Level.ERROR, f"no control period for {silent:.1f} s: control hangs", {"mode": status.mode})]
@@ -80,8 +81,9 @@ def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[s
 
 
 def _control(status: Status) -> Health:
-    message = f"{status.mode}: {status.cause}" if status.cause else f"{status.mode}: {status.source}"
-    if status.fault or status.mode == "estopped" or (status.mode == "stopped" and status.cause not in ("", *_WANTED)):
+    message = f"{status.mode}: {status.cause or status.source}" + (f"; {_MUTED}" if status.muted else "")
+    stopped = status.mode == "stopped" and status.cause not in ("", *_WANTED)
+    if status.fault or status.muted or status.mode == "estopped" or stopped:
         level = Level.ERROR
     else:
         level = Level.WARN if status.mode == "holding" else Level.OK
@@ -90,6 +92,7 @@ def _control(status: Status) -> Health:
         "source": status.source,
         "shadow": status.shadow,
         "cause": status.cause,
+        "muted": status.muted,
         "reasons": "; ".join(status.reasons),
         "fault": status.fault,
         "deadman": {None: "none", True: "pressed", False: "released"}[status.deadman],
@@ -189,11 +192,15 @@ class Reporter:
 
     def _tell(self, lifecycle: str, refused: str, estopped: str, status: Status | None, facts: Mapping[str, str]) -> None:
         mode, source, cause = ("off", "", estopped) if status is None else (status.mode, status.source, status.cause)
-        said = {"lifecycle": lifecycle, "mode": mode, "source": source, "cause": cause, "refused": refused, **facts}
+        muted = "" if status is None else status.muted
+        control = {"mode": mode, "source": source, "cause": cause, "muted": muted}
+        said = {"lifecycle": lifecycle, **control, "refused": refused, **facts}
         if said == self._said:
             return
-        if [self._said.get(key) for key in ("mode", "source", "cause")] != [mode, source, cause]:
-            if cause:  # rclpy wants one severity for each line of code
+        if {key: self._said.get(key) for key in control} != control:
+            if muted:  # rclpy wants one severity for each line of code
+                self._node.get_logger().error(f"{mode}, {source}: {cause}; {_MUTED}")
+            elif cause:
                 self._node.get_logger().warning(f"{mode}, {source}: {cause}")
             else:
                 self._node.get_logger().info(f"{mode}, {source}" if source else mode)

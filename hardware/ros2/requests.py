@@ -187,7 +187,7 @@ class Requests:
         return there
 
     def halt(self, name: str, why: str) -> Ticket | None:
-        """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
+        """``stop``, ``mute`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
         with self._lock:
             self.acts += 1
             if name == "estop":
