@@ -57,7 +57,7 @@ class OwnRosRobot(RosRobot):
 
         def look() -> None:
             if rivals := self.rivals():
-                request("stop", why=f"rival: {rivals[0]}")
+                request("mute" if self.masters() else "stop", why=f"rival: {rivals[0]}")
 
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises
             deep = quality._replace(depth=_PRESSES).to_ros()

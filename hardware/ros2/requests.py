@@ -106,7 +106,7 @@ class Requests:
             with self._lock:
                 self.armed, self.disarmed = False, ""
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
-        return ok, message.removeprefix("refused: ") + shadow + ("" if ok else mend(message))
+        return ok, robot.explained(message.removeprefix("refused: ")) + shadow + ("" if ok else mend(message))
 
     def disarm(self, why: str) -> str:
         """Autostart is over, for good. What there is to say of that; empty: it was over before."""
@@ -199,7 +199,7 @@ class Requests:
         return there
 
     def halt(self, name: str, why: str) -> Ticket | None:
-        """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
+        """``stop``, ``mute`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
         self.disarm(f"{name} ({why})")
         with self._lock:
             if name == "estop":
