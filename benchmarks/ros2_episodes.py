@@ -29,19 +29,20 @@ from robopolicy.provenance import provenance
 from robopolicy.task import TaskSpec
 
 EPISODE = 8.0  # at most [s of the simulated world]
+_QUICK = 2.0  # the same of --quick
 _WALL = 4.0  # times as long at most, by the wall clock
 _POLL = 0.1  # [s]
 
 
-def plain(checkpoint: str, task: str, seeds: Sequence[int]) -> dict[int, bool]:
+def plain(checkpoint: str, task: str, seeds: Sequence[int], seconds: float) -> dict[int, bool]:
     """Success of each seed in plain simulation, episodes as long as on the virtual arm."""
     spec = TaskSpec(task)
-    steps = round(EPISODE * spec.make().rate)
+    steps = round(seconds * spec.make().rate)
     found = evaluate(load_policy(checkpoint), TaskSpec(task, {"max_episode_steps": steps}), seeds, num_envs=10, progress=False)
     return {episode.seed: bool(episode.success) for episode in found.episodes}
 
 
-def episode(cell: Cell, seed: int) -> dict[str, Any]:
+def episode(cell: Cell, seed: int, seconds: float) -> dict[str, Any]:
     """One episode on the virtual arm."""
     load = round(os.getloadavg()[0], 2)
     first, begun = len(cell.said), time.monotonic()
@@ -54,7 +55,7 @@ def episode(cell: Cell, seed: int) -> dict[str, Any]:
         time.sleep(_POLL)
         record = cell.record()
         elapsed = (record["steps"] - before) * record["timestep"]
-        over = elapsed > EPISODE or time.monotonic() - begun > _WALL * EPISODE
+        over = elapsed > seconds or time.monotonic() - begun > _WALL * seconds
         if record["success"] or over or cell.mode in ("stopped", "estopped"):
             break
     stops = [f"{said.mode}: {said.cause}" for said in cell.said[first:] if said.mode in ("holding", "stopped")]
@@ -75,7 +76,7 @@ def table(found: dict[str, Any]) -> str:
     loads, factors = [row["load"] for row in rows], [record["real_time_factor"] for record in ran]
     seeds = f"{found['seeds'][0]} to {found['seeds'][-1]}"
     lines = [
-        f"n = {n} episodes, seeds {seeds}, at most {EPISODE:g} s each; load {min(loads)} to {max(loads)}, "
+        f"n = {n} episodes, seeds {seeds}, at most {found['seconds']:g} s each; load {min(loads)} to {max(loads)}, "
         f"real-time factor {min(factors, default=0):.3f} to {max(factors, default=0):.3f}",
         "",
         "| | success | 95 % interval |",
@@ -99,23 +100,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--first", type=int, default=SEEDS["test"], help="seed")
     parser.add_argument("--out", type=Path, default=Path("outputs/ros2_episodes"))
-    parser.add_argument("--quick", action="store_true", help="two episodes, as CI runs it")
+    parser.add_argument("--quick", action="store_true", help="two short episodes, as CI runs it")
     args = parser.parse_args(argv)
-    seeds = [args.first + k for k in range(2 if args.quick else args.episodes)]
+    seconds = EPISODE
+    if args.quick:
+        args.episodes, args.out, seconds = 2, args.out / "quick", _QUICK
+    seeds = [args.first + k for k in range(args.episodes)]
     path = args.out / "episodes.json"
     checkpoint = args.checkpoint or str(wanderer(args.out / "wanderer", image=False))
     found: dict[str, Any] = {"ros": {}, "plain": {}}
     if path.is_file():
         before = json.loads(path.read_text())
         found |= {key: {int(seed): row for seed, row in before[key].items()} for key in ("ros", "plain")}
-    found |= {"seeds": seeds, "provenance": provenance(), "args": {key: str(value) for key, value in vars(args).items()}}
+    found |= {
+        "seeds": seeds,
+        "seconds": seconds,
+        "provenance": provenance(),
+        "args": {key: str(value) for key, value in vars(args).items()},
+    }
     if missing := [seed for seed in seeds if seed not in found["plain"]]:
-        found["plain"] |= {seed: {"success": success} for seed, success in plain(checkpoint, args.task, missing).items()}
+        found["plain"] |= {seed: {"success": success} for seed, success in plain(checkpoint, args.task, missing, seconds).items()}
     if missing := [seed for seed in seeds if seed not in found["ros"]]:
         arm = {"task": args.task, "cameras": False}
         with Cell(checkpoint, args.out, arm, dict(args.policy)) as cell:
             for seed in missing:
-                found["ros"][seed] = row = episode(cell, seed)
+                found["ros"][seed] = row = episode(cell, seed, seconds)
                 said = row.get("refused", row.get("stops"))
                 print(f"{seed}: {'success' if row['success'] else 'failure'} {said or ''}", flush=True)
                 path.write_text(json.dumps(found, indent=1))

@@ -107,7 +107,7 @@ def parse(model: type[C], value: Mapping[str, Any], where: str = "config") -> C:
 def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
-    key = ".".join(location) or "(top level)"
+    key = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         siblings = _fields_at(model, location[:-1])
@@ -116,7 +116,8 @@ def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -
         return f"key '{key}' is required{more}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     found = "" if first["type"] in ("value_error", "assertion_error") else f", found {first['input']!r}"
-    return f"key '{key}': {message}{found}{more}"
+    where = f"key '{key}': " if key else ""  # keys that do not fit together: the message names them
+    return f"{where}{message}{found}{more}"
 
 
 def _fields_at(model: Any, location: Sequence[str]) -> list[str]:
@@ -137,9 +138,7 @@ def import_class(kind: str, name: str, registry: Mapping[str, str]) -> type:
     """The class behind a registered short name or a dotted path ``package.module:Class``. Raises ConfigError."""
     path = registry.get(name, name)
     if ":" not in path:
-        known = nearest(name, registry)
-        stop = "" if known.endswith("?") else "."
-        raise ConfigError(f"unknown {kind} '{name}': {known}{stop} Or give a dotted path, package.module:Class")
+        raise ConfigError(f"unknown {kind} '{name}': {nearest(name, registry)} Or give a dotted path, package.module:Class")
     module_name, _, attribute = path.partition(":")
     try:
         cls: type = getattr(importlib.import_module(module_name), attribute)

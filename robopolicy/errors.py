@@ -38,4 +38,4 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"valid: {', '.join(options)}" if options else "nothing is registered"
+    return f"valid: {', '.join(options)}." if options else "nothing is registered."

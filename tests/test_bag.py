@@ -19,11 +19,12 @@ from rig import save_policy
 from ros import Sandbox
 from std_msgs.msg import Float64
 
-from hardware.ros2 import bagfile, messages
+from hardware.ros2 import bagfile, bagging, messages
 from hardware.ros2.bagfile import BagError, BagWriter, Message, Storage, open_bag, repair, restamped
 from hardware.ros2.contract import COMMAND, LATCHED, STATE_OUT
 from hardware.ros2.deployment import DeployConfig
 from hardware.ros2.imported import import_bags
+from hardware.ros2.profile import load_profile, profile_names
 from hardware.ros2.recording import RecordingConfig
 from hardware.ros2.runtime import RosClock
 from hardware.ros2.shadow import shadow
@@ -298,6 +299,100 @@ def test_shadow_shows_what_a_policy_would_have_commanded(tmp_path: Path, capsys:
         shadow(tmp_path / "bag", DeployConfig(checkpoint=str(tmp_path / "policy")), namespace="left")
 
 
+# ---- what is replayed ----------------------------------------------------------------------------------------------------------
+
+POSE, TRAJECTORY = "geometry_msgs/msg/PoseStamped", "trajectory_msgs/msg/JointTrajectory"
+MEASURED = {
+    "/joint_states": JOINT_STATE,
+    "/objects/cube/pose": POSE,
+    "/front/image_raw": "sensor_msgs/msg/Image",
+    "/virtual_arm/success": "std_msgs/msg/Bool",
+}
+OTHERS = {  # what controllers take, whatever the profile is, and what robots and nodes say beside
+    COMMANDS: "std_msgs/msg/Float64MultiArray",
+    "/gripper/command": "std_msgs/msg/Float64",
+    "/joint_trajectory_controller/joint_trajectory": TRAJECTORY,
+    "/joint_trajectory_controller/follow_joint_trajectory/_action/status": "action_msgs/msg/GoalStatusArray",
+    "/fr3_arm_controller/joint_trajectory": TRAJECTORY,
+    "/cmd_vel": "geometry_msgs/msg/Twist",
+    "/servo/delta_twist_cmds": "geometry_msgs/msg/TwistStamped",
+    "/target_frame": POSE,
+    "/joint_command": JOINT_STATE,
+    "/other/joint_states": JOINT_STATE,
+    "/robopolicy_policy/state": "std_msgs/msg/String",
+    "/robopolicy_policy/commanded": JOINT_STATE,
+    "/diagnostics": "diagnostic_msgs/msg/DiagnosticArray",
+}  # fmt: skip
+HANDS = ["/deadman", "/estop", "/left/deadman"]
+
+
+def choose(*topics: str, profile: str = "virtual", **given: Any) -> tuple[set[str], list[str]]:
+    """Of a bag with all of these: what is replayed, and what is told."""
+    told: list[str] = []
+    types = MEASURED | OTHERS | dict.fromkeys(HANDS, "std_msgs/msg/Bool")
+    return bagging.choose(types, load_profile(profile), topics, told=told.append, **given), told
+
+
+@pytest.mark.parametrize("commands", [False, True])
+def test_only_what_the_profile_reads_is_replayed_and_the_rest_is_told(commands: bool) -> None:
+    chosen, told = choose(commands=commands)
+    assert chosen == set(MEASURED)
+    assert [line.split("'")[1] for line in told] == sorted([*OTHERS, *HANDS])
+    assert all("is left out: " in line for line in told)
+    assert choose("objects/cube/pose") == ({"/objects/cube/pose"}, [])
+
+
+@pytest.mark.parametrize("topic", OTHERS)
+def test_what_may_move_an_arm_is_replayed_only_where_commands_are_allowed(topic: str) -> None:
+    with pytest.raises(BagError, match="say --commands"):
+        choose(topic)
+    assert choose(topic, commands=True) == ({topic}, [])
+
+
+def test_another_robot_s_commands_are_no_inputs_of_a_wrong_profile() -> None:
+    for profile in profile_names():
+        with pytest.raises(BagError, match="say --commands"):
+            choose("/fr3_arm_controller/joint_trajectory", profile=profile)
+
+
+def test_an_input_of_another_type_is_no_input() -> None:
+    told: list[str] = []
+    types = {"/joint_states": JOINT_STATE, "/objects/cube/pose": TRAJECTORY}
+    assert bagging.choose(types, load_profile("virtual"), told=told.append) == {"/joint_states"}
+    assert "carries trajectory_msgs/msg/JointTrajectory" in told[0]
+    with pytest.raises(BagError, match=r"carries .*--commands"):
+        bagging.choose(types, load_profile("virtual"), ["objects/cube/pose"])
+
+
+def test_a_topic_that_the_profile_reads_and_commands_is_a_command(tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text(f"base: virtual\ninputs: {{cube: {{type: pose, topic: {COMMANDS}}}}}\n")
+    with pytest.raises(BagError, match="say --commands"):
+        bagging.choose({COMMANDS: POSE}, load_profile(tmp_path / "odd.yaml"), [COMMANDS])
+
+
+@pytest.mark.parametrize("commands", [False, True])
+@pytest.mark.parametrize("topic", HANDS)
+def test_a_person_s_hand_is_never_replayed(topic: str, commands: bool, tmp_path: Path) -> None:
+    with pytest.raises(BagError, match="never replayed"):
+        choose("joint_states", topic, commands=commands)
+    with pytest.raises(BagError, match="never replayed"):
+        choose(topic.split("/")[-1], commands=commands, namespace="left")
+    (tmp_path / "odd.yaml").write_text(f"base: virtual\nsuccess: {topic}\n")
+    assert topic not in choose(profile=str(tmp_path / "odd.yaml"))[0], "also where a profile reads it"
+
+
+def test_a_namespace_is_the_bag_s_and_a_topic_that_is_not_there_is_told() -> None:
+    told: list[str] = []
+    types = {"/left/joint_states": JOINT_STATE, "/joint_states": JOINT_STATE}
+    profile = load_profile("virtual")
+    assert bagging.choose(types, profile, namespace="left", told=told.append) == {"/left/joint_states"}
+    assert "'/joint_states' is left out" in told.pop()
+    assert bagging.choose(types, profile, ["joint_states", "objects/cube/pose"], told=told.append) == {"/joint_states"}
+    assert told == ["'/objects/cube/pose' is not in the bag"]
+    with pytest.raises(BagError, match="the profile reads nothing"):
+        bagging.choose(types, profile, namespace="right", told=told.append)
+
+
 # ---- live ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +428,8 @@ def test_topics_are_recorded_as_they_come_and_replayed_with_stamps_of_now(
     assert "published by" in capfd.readouterr().err
     assert cli.main(["bag", "replay", str(bag), "--topic", COMMANDS]) == 2
     assert "--commands" in capfd.readouterr().err
+    assert cli.main(["bag", "replay", str(bag), "--topic", "deadman", "--commands"]) == 2
+    assert "never replayed" in capfd.readouterr().err
     for publisher in (states, success, commands):
         ros.node.destroy_publisher(publisher)
     found: list[JointState] = []
@@ -348,3 +445,34 @@ def test_topics_are_recorded_as_they_come_and_replayed_with_stamps_of_now(
     assert abs(stamps[-1] - time.time()) < 20
     assert 0.3 < stamps[-1] - stamps[0] < 1.5  # twice as fast
     assert moved == []
+    assert f"'{COMMANDS}' is left out" in replayed.output()
+    allowed = ["bag", "replay", str(bag), "--topic", COMMANDS, "--commands", "--rate", "5"]
+    replayed = ros.run([sys.executable, "-m", "robopolicy.cli", *allowed])
+    ros.until(lambda: not replayed.alive, 30)
+    assert len(moved) > 10, replayed.output()
+
+
+def test_the_seconds_of_a_recording_begin_with_its_first_message(ros: Sandbox, tmp_path: Path) -> None:
+    """On a busy computer it takes seconds to find who publishes."""
+    from sensor_msgs.msg import JointState
+
+    command = ["bag", "record", str(tmp_path / "bag"), "--topic", "joint_states", "--seconds", "1"]
+    recorder = ros.run([sys.executable, "-m", "robopolicy.cli", *command])
+    ros.until(lambda: recorder.output().count("no message yet") >= 2 or not recorder.alive, 30)
+    states = ros.node.create_publisher(JointState, "joint_states", STATE_OUT.to_ros())
+    end = time.monotonic() + 30
+
+    def publish() -> bool:
+        states.publish(messages.joint_state(["a"], np.zeros(1), None, RosClock().stamp()))
+        return not recorder.alive or time.monotonic() > end
+
+    ros.until(publish, 40)
+    assert recorder.wait(1) == 0, recorder.output()
+    with open_bag(tmp_path / "bag") as opened:
+        assert opened.seconds > 0.8
+
+
+def test_a_recording_of_no_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bag", "record", "nowhere", "--seconds", "0"])
+    assert "not above 0" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """Configuration: typed, strict, and its errors name the nearest valid key."""
 
-from typing import Any
+from typing import Any, Self
 
+import pydantic
 import pytest
 import yaml
 
@@ -123,3 +124,19 @@ def test_an_unknown_component_is_answered_in_sentences() -> None:
         component("net", "zzz", {"mlp": "a:B", "dit": "a:C"})
     with pytest.raises(ConfigError, match=r"unknown net 'mpl': did you mean 'mlp'\? Or give a dotted path"):
         component("net", "mpl", {"mlp": "a:B", "dit": "a:C"})
+
+
+def test_keys_that_do_not_fit_together_are_named_by_the_message_alone() -> None:
+    class Pair(Config):
+        low: int = 0
+        high: int = 1
+
+        @pydantic.model_validator(mode="after")
+        def _ordered(self) -> Self:
+            if self.low > self.high:
+                raise ValueError("low is above high")
+            return self
+
+    with pytest.raises(ConfigError) as caught:
+        parse(Pair, {"low": 2}, "pair.yaml")
+    assert str(caught.value) == "pair.yaml: low is above high"

@@ -4,6 +4,7 @@
 takes the keyword arguments of launch 1.0 (Humble) and 3.8 (Kilted) alone; `ros2 launch` itself is not run.
 """
 
+import ast
 import importlib.util
 import os
 import re
@@ -174,6 +175,14 @@ def test_the_package_names_the_message_packages_of_the_contract() -> None:
     assert root.findtext("export/build_type") == "ament_python"
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^version = "(.*)"', pyproject, re.M)[1] == root.findtext("version")  # type: ignore[index]
+
+
+def test_launch_files_are_python_3_10() -> None:
+    """Humble's, in which `ros2 launch` reads them there."""
+    for path in (*FOLDER.glob("*.py"), ROOT / "hardware" / "ros2" / "system.py"):
+        tree = ast.parse(path.read_text(), feature_version=(3, 10))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import) for alias in node.names}
+        assert not names & {"Self", "StrEnum", "tomllib", "assert_never", "override"}, path
 
 
 def test_system_files_are_read_without_this_project() -> None:

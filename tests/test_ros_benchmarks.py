@@ -38,7 +38,7 @@ def test_the_comparison_has_intervals_and_pairs_seeds() -> None:
     record = {"real_time_factor": 1.0, "reflexes": 0, "velocity": {"worst": 0.4, "of": "joint1"}}
     ros = {seed: {"success": seed != 3, "load": 1.0, "stops": [], "record": record} for seed in range(10)}
     plain = {seed: {"success": True} for seed in range(10)}
-    text = ros2_episodes.table({"seeds": list(range(10)), "ros": ros, "plain": plain})
+    text = ros2_episodes.table({"seconds": 8.0, "seeds": list(range(10)), "ros": ros, "plain": plain})
     assert "| plain simulation | 10/10 | 1.000 [0.7" in text
     assert "| virtual arm over DDS | 9/10 | 0.900 [0." in text
     assert "-0.100 [-" in text
@@ -62,19 +62,51 @@ def test_every_cell_has_a_domain_of_its_own(tmp_path: Path, monkeypatch: pytest.
     assert dict(os.environ) == before
 
 
-def test_the_campaign_holds_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    out = tmp_path / "faults"
-    arguments = ["--seeds", "1", "--streams", "state", "--out", str(out)]
-    assert ros2_faults.main([*arguments, "--faults", "NaN in all"]) == 0
-    rows = json.loads((out / "faults.json").read_text())["rows"]
-    assert [(row["fault"], row["seed"]) for row in rows] == [("NaN in all", 100_000)]
-    (nan,) = rows
-    assert nan["mode"] in ("holding", "stopped")
-    assert "stale state" in nan["cause"]
-    assert nan["to_hold"] < 1.5, "loosely: the machine may be busy"
-    assert nan["after"] in ("by itself", "by start")
-    assert nan["put_in"]["nan"] > 10
-    assert not {"position", "table", "velocity", "command_velocity"} & set(ros2_faults.violations(nan))
+# Of each kind: what the arm says was put in, and whether it must hold the arm; what is doubled or overtaken is to be borne.
+KINDS = {
+    "drop all": ("drop", True),
+    "delay 0.5 s": ("delay", True),
+    "duplicate all": ("duplicate", False),
+    "reorder half": ("reorder", False),
+    "NaN in all": ("nan", True),
+    "frozen": ("freeze", True),
+    "wrong names": ("wrong_names", True),
+    "wrong length": ("wrong_length", True),
+    "clock -0.5 s": ("clock_jump", True),
+}
+
+
+def test_the_campaign_holds_at_every_kind_of_fault_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "quick"
+    assert ros2_faults.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = {row["fault"]: row for row in json.loads((out / "faults.json").read_text())["rows"]}
+    assert {row["seed"] for row in rows.values()} == {100_000}
+    assert set(rows) == set(KINDS)
+    for fault, (counter, holds) in KINDS.items():
+        row = rows[fault]
+        assert row["put_in"][counter] > 10, row
+        assert not {"position", "workspace", "table", "velocity", "command_velocity"} & set(ros2_faults.violations(row)), row
+        assert row["after"] in ("by itself", "by start", "ran on"), row
+        if holds:
+            assert row["mode"] in ("holding", "stopped"), row
+            assert row["cause"], row
+            assert row["to_hold"] < 0.9, f"loosely, the machine may be busy: {row}"
     (out / "faults.md").unlink()
-    assert ros2_faults.main([*arguments, "--faults", "NaN in all"]) == 0, "nothing is started again"
+    assert ros2_faults.main(["--quick", "--out", str(tmp_path)]) == 0, "nothing is started again"
     assert "| state | NaN in all | 1 | 1 |" in (out / "faults.md").read_text()
+
+
+def test_episodes_run_on_both_sides_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "quick"
+    assert ros2_episodes.main(["--quick", "--out", str(tmp_path)]) == 0
+    found = json.loads((out / "episodes.json").read_text())
+    seeds = {"200000", "200001"}
+    assert set(found["plain"]) == set(found["ros"]) == seeds
+    for row in found["ros"].values():
+        assert "refused" not in row, row
+        assert row["success"] or row["stops"] or row["seconds"] > 2.0, row
+        assert 0.01 < row["record"]["velocity"]["worst"] <= 1.0, row
+    monkeypatch.setattr(ros2_episodes, "Cell", lambda *_: pytest.fail("it is started again"))
+    (out / "episodes.md").unlink()
+    assert ros2_episodes.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "n = 2 episodes, seeds 200000 to 200001, at most 2 s each" in (out / "episodes.md").read_text()

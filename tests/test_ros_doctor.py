@@ -24,6 +24,7 @@ from hardware.ros2.profile import load_profile
 from hardware.ros2.runtime import Ros, packages_mend
 from hardware.ros2.topics import End, Seen, look, node_of, stamp_of
 from robopolicy import cli
+from robopolicy.errors import ConfigError
 
 PROFILE = load_profile("virtual")
 TOPICS = [*robot_topics(PROFILE), *(topic._replace(name=topic.name.replace("~", "robopolicy_policy")) for topic in NODE_TOPICS)]
@@ -364,3 +365,17 @@ def test_without_rclpy_the_rest_is_still_checked(monkeypatch: pytest.MonkeyPatch
     shown = capsys.readouterr().out
     assert "mend: there is no rclpy here; run `make setup`" in shown
     assert "ROS_DOMAIN_ID" in shown
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_listening_takes_some_time_and_ends(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "ros", f"--seconds={seconds}"])
+    assert "is not a time above 0" in capsys.readouterr().err
+
+
+def test_a_profile_that_is_not_there_is_answered_in_sentences() -> None:
+    with pytest.raises(ConfigError, match=r"no profile 'zzz': valid: fr3, .*, xarm7\. Or give a file, \./mine\.yaml"):
+        load_profile("zzz")
+    with pytest.raises(ConfigError, match=r"profile 'ur5e': at 5 Hz every period"):
+        load_profile("ur5e", rate=5.0)

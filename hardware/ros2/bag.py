@@ -36,18 +36,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--topic", action="append", default=[], help="a topic instead of the profile's; repeatable")
     record.add_argument("--namespace", default="", help=_NAMESPACE)
     record.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="of the file (default mcap)")
-    record.add_argument("--seconds", type=float, help="end after so long")
+    record.add_argument("--seconds", type=_positive, help="end so long after the first message")
     record.add_argument("--reserve", type=float, default=500.0, metavar="MB", help="end at so little free space (default 500)")
 
     info = add("info", _info, "topics, counts, rates, gaps, and how old messages were when they came")
     info.add_argument("bag", type=Path)
 
-    replay = add("replay", _replay, "publish what a robot said; its commands only when asked to")
+    replay = add("replay", _replay, "publish what a robot measured; its commands only when told to")
     replay.add_argument("bag", type=Path)
-    replay.add_argument("--profile", default="virtual", help=_PROFILE + "; its inputs are replayed")
+    replay.add_argument("--profile", default="virtual", help=_PROFILE + "; what it reads is replayed")
     replay.add_argument("--namespace", default="", help=_NAMESPACE)
-    replay.add_argument("--topic", action="append", default=[], help="a topic instead of the profile's inputs; repeatable")
-    replay.add_argument("--commands", action="store_true", help="allow --topic to name commands: an arm that listens MOVES")
+    replay.add_argument("--topic", action="append", default=[], help="of the profile's inputs only this one; repeatable")
+    replay.add_argument(
+        "--commands", action="store_true", help="--topic may name any other, too, commands: an arm that listens MOVES"
+    )
     replay.add_argument("--rate", type=_positive, default=1.0, help="times as fast (default 1)")
     replay.add_argument("--keep-stamps", action="store_true", help="do not move header stamps to now; nodes will find them old")
 
@@ -127,22 +129,22 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from hardware.ros2.bagfile import BagError
     from hardware.ros2.bagging import replay
-    from hardware.ros2.contract import robot_topics
     from hardware.ros2.profile import load_profile
     from hardware.ros2.runtime import Ros
 
-    prefix = f"/{args.namespace.strip('/')}".rstrip("/")
-    topics = robot_topics(load_profile(args.profile))
-    names = {"in": set[str](), "out": set[str]()}
-    for topic in topics:
-        names[topic.direction].add(topic.name if topic.name.startswith("/") else f"{prefix}/{topic.name}")
-    chosen = {name if name.startswith("/") else f"{prefix}/{name}" for name in args.topic} or names["in"]
-    if (moving := chosen & names["out"]) and not args.commands:
-        raise BagError(f"'{min(moving)}' commands the arm, past the safety filter; say --commands if nothing can be hit")
+    profile = load_profile(args.profile)
     with Ros() as ros:
-        replay(ros, args.bag, sorted(chosen), rate=args.rate, keep_stamps=args.keep_stamps)
+        replay(
+            ros,
+            args.bag,
+            profile,
+            args.topic,
+            namespace=args.namespace,
+            commands=args.commands,
+            rate=args.rate,
+            keep_stamps=args.keep_stamps,
+        )
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hardware.ros2.bagfile import Bag, BagError, BagWriter, Message, Storage, open_bag, restamped
-from hardware.ros2.contract import NODE_TOPICS, Quality, message_type, robot_topics
+from hardware.ros2.contract import DEADMAN, ESTOP, NODE_TOPICS, Quality, message_type, robot_topics
 from hardware.ros2.heard import COMMANDED_TOPIC
 from hardware.ros2.profile import RosProfile
 from hardware.ros2.runtime import Ros
@@ -21,6 +21,8 @@ _OTHERS = 1.0  # [s] for other publishers to be found before a replay
 _DISCOVERY = 5.0  # [s] at most for subscribers to be found before a replay: on a busy computer it took 3.6
 _TELL = 1.0  # [s]
 _LATCHED = ("std_msgs/msg/Bool", "std_msgs/msg/String")  # states, of which the last one holds
+_MEASURED = ("state", "gripper_state", "success")  # keys of topics, beside inputs
+_HANDS = (ESTOP, DEADMAN)  # in any namespace
 
 
 def profile_topics(profile: RosProfile) -> dict[str, str]:
@@ -44,25 +46,28 @@ def record(
     """Write every message of the topics into a bag, until told to stop; messages of each topic.
 
     A topic is subscribed to once somebody publishes it, as that publisher offers it: reliable, latched, or neither.
+    ``seconds`` are those after the first message: on a busy computer it takes seconds to find a publisher.
 
     Raises:
         BagError: The bag cannot be written (any more). What was written until a second before is in it.
     """
     node = ros.node("robopolicy_bag", namespace=namespace or None)
     wanted = {node.resolve_topic_name(name) for name in topics}
-    begin = time.monotonic()
     with BagWriter(out, storage, reserve) as writer:
-        state = {"looked": -_LOOK, "told": begin}
+        state = {"looked": -_LOOK, "told": time.monotonic()}
 
         def look() -> bool:
             now = time.monotonic()
             if now - state["looked"] >= _LOOK:
                 state["looked"] = now
                 _subscribe(node, wanted, writer, told)
+            if writer.counts:
+                state.setdefault("first", now)
+            passed = now - state.get("first", now)
             if now - state["told"] >= _TELL:
                 state["told"] = now
-                told(f"{now - begin:.0f} s, {sum(writer.counts.values())} messages")
-            return writer.error is not None or (seconds is not None and now - begin > seconds)
+                told(f"{passed:.0f} s, {sum(writer.counts.values())} messages" if writer.counts else "no message yet")
+            return writer.error is not None or (seconds is not None and passed > seconds)
 
         ros.spin(look)
     for name in sorted(wanted):
@@ -99,23 +104,28 @@ def _subscribe(node: Any, wanted: set[str], writer: BagWriter, told: Callable[[s
 def replay(
     ros: Ros,
     path: Path,
-    topics: Sequence[str],
+    profile: RosProfile,
+    topics: Sequence[str] = (),
     *,
+    namespace: str = "",
+    commands: bool = False,
     rate: float = 1.0,
     keep_stamps: bool = False,
     told: Callable[[str], None] = print,
 ) -> dict[str, int]:
     """Publish the messages of a bag, at their times from each other; messages of each topic.
 
-    Header stamps are moved to now, for whoever watches their ages; ``keep_stamps`` leaves them.
+    Only what the profile reads: measurements and inputs. ``topics`` are some of them, and with ``commands`` any others, too; but
+    never an emergency stop or a deadman, which are a person's. Header stamps are moved to now, for whoever watches their ages;
+    ``keep_stamps`` leaves them.
 
     Raises:
-        BagError: The bag cannot be read, has none of the topics, or somebody else publishes one of them.
+        BagError: The bag cannot be read or has nothing of that, a topic is not to be replayed, or somebody else publishes it.
     """
-    node = ros.node("robopolicy_replay")
     counts: dict[str, int] = {}
     with open_bag(path) as bag:
-        chosen = _chosen(bag, topics)
+        chosen = choose(bag.types, profile, topics, namespace=namespace, commands=commands, told=told)
+        node = ros.node("robopolicy_replay")
         found = time.monotonic() + _OTHERS
         ros.spin(lambda: time.monotonic() > found)  # a node that is new knows of nobody yet
         publishers = {name: _publisher(node, bag, name) for name in chosen}
@@ -139,10 +149,58 @@ def replay(
     return counts
 
 
-def _chosen(bag: Bag, topics: Sequence[str]) -> set[str]:
-    chosen = {name if name.startswith("/") else f"/{name}" for name in topics} & set(bag.types)
-    if not chosen:
-        raise BagError(f"the bag has {', '.join(sorted(bag.types)) or 'no topics'}; name some of them with --topic")
+def choose(
+    types: Mapping[str, str],
+    profile: RosProfile,
+    topics: Sequence[str] = (),
+    *,
+    namespace: str = "",
+    commands: bool = False,
+    told: Callable[[str], None] = print,
+) -> set[str]:
+    """Those topics of a bag that may be replayed, see :func:`replay`; ``types``: those it has. Tells which are left out, and why.
+
+    Raises:
+        BagError: One that was asked for must not be, or none is left.
+    """
+    prefix = f"/{namespace.strip('/')}".rstrip("/")
+
+    def full(name: str) -> str:
+        return name if name.startswith("/") else f"{prefix}/{name}"
+
+    def by_hand(name: str) -> bool:
+        return name.split("/")[-1] in _HANDS
+
+    robot, asked = robot_topics(profile), {full(name) for name in topics}
+    sent = {full(topic.name) for topic in robot if topic.direction == "out"}
+    measured = [topic for topic in robot if topic.key in _MEASURED or topic.key.startswith("input.")]
+    read = {full(topic.name): topic.type for topic in measured if full(topic.name) not in sent}
+
+    def why(name: str) -> str:
+        """It is not replayed; empty: it is."""
+        if by_hand(name):
+            return "it speaks for a person's hand, and no recording may; it is never replayed"
+        if commands and name in asked:
+            return ""
+        if name not in read:
+            return "the profile does not read it, it may command an arm, past the safety filter"
+        type_ = types.get(name, read[name])
+        return "" if type_ == read[name] else f"it carries {type_}, the profile reads {read[name]}"
+
+    for name in sorted(asked):
+        if reason := why(name):
+            mend = "" if by_hand(name) else "; say --commands if nothing can be hit"
+            raise BagError(f"'{name}': {reason}{mend}")
+        if name not in types:
+            told(f"'{name}' is not in the bag")
+    found = {name for name in types if name in asked or not asked}
+    for name in sorted(name for name in found if why(name)):
+        told(f"'{name}' is left out: {why(name)}")
+    if not (chosen := {name for name in found if not why(name)}):
+        raise BagError(
+            f"the bag has {', '.join(sorted(types)) or 'no topics'}; the profile reads nothing of that: give the right "
+            "--profile, or the --namespace it was recorded in"
+        )
     return chosen
 
 

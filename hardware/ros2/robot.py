@@ -67,7 +67,7 @@ class RosRobot:
         self._decoder: Decoder | None = None
         self._success = self._said = False  # in this episode; and the last word, whenever it was
         self._success_told = threading.Event()
-        if profile.reset is not None:
+        if profile.reset is not None and enabled:
             client(node, f"{profile.reset.node}/{profile.reset.service}", TRIGGER)  # not asked twice, so discovered by then
         self._seen: Latest[Any] | None = None  # of the state
         self._before: Latest[Any] | None = None
