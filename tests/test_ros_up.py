@@ -416,6 +416,8 @@ def test_mistakes_on_the_command_line_are_one_line(
     [
         (["profile=ur55"], "no profile 'ur55': did you mean 'ur5e'?"),
         (["profile=ur5e"], "the policy was trained with shape (7,), the robot has (6,)"),
+        (["profile=virtual_reach"], "trained for task 'lift', and the arm stands in front of 'reach' (profile 'virtual_reach')"),
+        (["task=stack"], "trained for task 'lift', and the arm stands in front of 'stack' (profile 'virtual')"),
         (["seed=-3"], "arm: key 'seed': Input should be greater than or equal to 0, found -3"),
         (["checkpoint=outputs/nope"], "checkpoint 'outputs/nope' does not exist"),
         (["checkpoint=CUT"], "is no complete safetensors file"),
@@ -444,6 +446,7 @@ def test_a_good_policy_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Supervisor, "run", lambda _: 0)
     save_policy(tmp_path)
     assert cli.main(["up", "virtual", f"checkpoint={tmp_path}", "planner={type: rti, t_start: 0.8}", "executor=ensemble"]) == 0
+    assert cli.main(["up", "virtual", f"checkpoint={tmp_path}", "profile=virtual_reach", "task=lift"]) == 0  # as the policy
 
 
 def test_strangers_in_the_domain_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
