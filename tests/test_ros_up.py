@@ -16,7 +16,7 @@ from rig import save_policy
 from ros import Process, Sandbox
 
 from hardware.ros2 import up
-from hardware.ros2.supervisor import Supervisor
+from hardware.ros2.supervisor import HALTS, Supervisor
 from hardware.ros2.system import SystemFileError, load_system
 from robopolicy import cli
 
@@ -40,7 +40,7 @@ print("arm has stopped", flush=True)
 node.destroy_node(); rclpy.shutdown()
 """
 POLICY = """
-import rclpy, signal, time
+import rclpy, signal, threading, time
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
@@ -50,12 +50,16 @@ class Policy(LifecycleNode):
     def __init__(self):
         super().__init__("stand_in_policy")
         self.declare_parameter("bad", False)
+        self.declare_parameter("slow", False)
+        self.stopped = threading.Event()
         self.group = ReentrantCallbackGroup()
         for name in ("start", "stop", "home", "estop", "reset"):
             self.create_service(Trigger, f"~/{name}", lambda _, answer, name=name: self.told(name, answer),
                                 callback_group=self.group)
     def told(self, name, answer):
         print("called", name, flush=True)
+        if name == "estop":
+            self.stopped.set()
         if name == "home":
             while not told:
                 time.sleep(0.05)
@@ -63,6 +67,10 @@ class Policy(LifecycleNode):
         answer.success, answer.message = True, f"I {name}"
         return answer
     def on_configure(self, state):
+        if self.get_parameter("slow").value:
+            print("configuring until estop", flush=True)
+            self.stopped.clear()
+            self.stopped.wait(60)
         print("configured", flush=True)
         return TransitionCallbackReturn.FAILURE if self.get_parameter("bad").value else TransitionCallbackReturn.SUCCESS
     def on_activate(self, state):
@@ -85,6 +93,7 @@ description: two stand-ins
 arguments:
   life: {default: 1000000.0, help: "seconds until the arm dies"}
   bad: {default: false, help: "the policy cannot configure"}
+  slow: {default: false, help: "the policy configures until it is told estop"}
   start: {default: true, help: "let it move"}
   policy: {default: true, help: "whether there is one"}
   namespace: {default: "", help: "of all"}
@@ -95,7 +104,7 @@ processes:
     module: stand_in_policy
     node: stand_in_policy
     when: $policy
-    parameters: {bad: $bad}
+    parameters: {bad: $bad, slow: $slow}
     lifecycle: $start
     services: [start, home, estop]
 """
@@ -139,6 +148,7 @@ def test_one_dies_the_others_are_ended_and_the_exit_code_says_which(ros: Sandbox
     process = start(ros, system, "life=10.0", "start=false")  # long enough for the policy to have come
     assert process.wait(60) == 10  # the first of the file
     order(process.output(), "arm ended with exit code 7; ending the others", "policy has stopped")
+    assert "called start" not in process.output()
     assert process.output().count("arm ended with exit code 7") == 1
 
 
@@ -210,7 +220,7 @@ def test_a_node_of_the_name_that_comes_later_is_not_started(ros: Sandbox, system
 
 
 def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
-    command = [sys.executable, "-m", "robopolicy.cli", "up", str(system), "start=false"]
+    command = [sys.executable, "-m", "robopolicy.cli", "up", str(system), "slow=true"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=ros.environment, stdin=pipe, stdout=pipe, text=True) as process, ExitStack() as last:
         last.callback(process.terminate)  # or a failure would wait for it for ever
@@ -225,8 +235,15 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
                     return
             pytest.fail(f"'{text}' did not come:\n{''.join(seen)}")
 
+        read_until("configuring until estop")
+        process.stdin.write("estop\n")
+        process.stdin.flush()
+        read_until("policy: start dropped, for estop was typed")
         read_until("policy runs")
-        assert not any("called start" in line for line in seen)  # it does not move by itself
+        process.stdin.write("policy set slow false\n")
+        process.stdin.flush()
+        read_until("slow is False")
+        assert not any("called start" in line for line in seen)  # that of start=true does not come after the estop
         process.stdin.write("start\nfly\n")
         process.stdin.flush()
         read_until("start: done: I start")
@@ -242,7 +259,20 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
         process.stdin.flush()
         for text in ("policy deactivate: done", "policy cleanup: done", "policy: bad is True", "policy configure: refused: its"):
             read_until(text)  # in the order in which they were typed, each after the one before
-        process.stdin.write("policy set bad false; configure; activate; start\n")
+        count = sum("called start" in line for line in seen)
+        process.stdin.write("policy set bad false; policy set slow true; configure; activate; home; start\n")
+        process.stdin.flush()
+        read_until("configuring until estop")
+        process.stdin.write("estop\n")
+        process.stdin.flush()
+        for text in ("policy: home, start dropped, for estop was typed", "policy configure: done", "policy activate: done"):
+            read_until(text)
+        process.stdin.write("policy set slow false; deactivate; cleanup\n")
+        process.stdin.flush()
+        read_until("policy cleanup: done")
+        assert not any("called home" in line for line in seen)  # what waited when a stop was typed does not come after it
+        assert sum("called start" in line for line in seen) == count
+        process.stdin.write("configure; activate; start\n")
         process.stdin.flush()
         for text in ("policy configure: done", "activated", "policy activate: done", "called start"):
             read_until(text)
@@ -283,6 +313,28 @@ def _environ(folder: Path) -> list[bytes]:
         return (folder / "environ").read_bytes().split(b"\0")
     except OSError:
         return []
+
+
+@pytest.mark.parametrize("typed", ["stop", "estop", "deactivate", "cleanup"])
+def test_what_is_typed_takes_back_the_starts_of_that_process(
+    typed: str, system: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And of no other: another arm's, or a recorder's."""
+    lines = system.read_text().replace("[start, home, estop]", "[start, home, estop, stop]")
+    system.write_text(f"{lines}  recorder: {{module: m, node: n, services: [start]}}\n")
+    supervisor = Supervisor(load_system(system).processes({}), {})
+    monkeypatch.setattr(supervisor, "_change", lambda *_: None)
+    supervisor._node = SimpleNamespace(create_client=lambda *_: None)
+    for line in ("policy start", "policy home", "recorder start", typed, "policy start"):
+        supervisor._lines.put(line)
+    supervisor._hear()
+    halts = [("policy", typed)] if typed in HALTS else []
+    asked = [(process.name, service) for process, service, *_ in supervisor._asked]
+    assert asked == [("recorder", "start"), *halts, ("policy", "start")]
+    assert supervisor._steps == {"policy": ["configure", "activate"] if halts else []}
+    before = "start" if halts else "configure, activate, start"
+    said = f"policy: {before}, start, home dropped, for {typed} was typed; nothing starts before you type start"
+    assert said in capsys.readouterr().out
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
@@ -364,6 +416,8 @@ def test_mistakes_on_the_command_line_are_one_line(
     [
         (["profile=ur55"], "no profile 'ur55': did you mean 'ur5e'?"),
         (["profile=ur5e"], "the policy was trained with shape (7,), the robot has (6,)"),
+        (["profile=virtual_reach"], "trained for task 'lift', and the arm stands in front of 'reach' (profile 'virtual_reach')"),
+        (["task=stack"], "trained for task 'lift', and the arm stands in front of 'stack' (profile 'virtual')"),
         (["seed=-3"], "arm: key 'seed': Input should be greater than or equal to 0, found -3"),
         (["checkpoint=outputs/nope"], "checkpoint 'outputs/nope' does not exist"),
         (["checkpoint=CUT"], "is no complete safetensors file"),
@@ -392,6 +446,7 @@ def test_a_good_policy_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Supervisor, "run", lambda _: 0)
     save_policy(tmp_path)
     assert cli.main(["up", "virtual", f"checkpoint={tmp_path}", "planner={type: rti, t_start: 0.8}", "executor=ensemble"]) == 0
+    assert cli.main(["up", "virtual", f"checkpoint={tmp_path}", "profile=virtual_reach", "task=lift"]) == 0  # as the policy
 
 
 def test_strangers_in_the_domain_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from hardware.ros2 import shm
 from hardware.ros2.runtime import Ros, RosError
-from hardware.ros2.services import TRIGGER, ask, change_state, set_text
+from hardware.ros2.services import CHANGE_STATE, TRIGGER, change_state, client, set_text
 from hardware.ros2.system import Process
 from hardware.ros2.topics import node_of
 
@@ -32,7 +32,9 @@ FOUND = 10.0  # [s] for a service that was typed to be found
 CONFIGURE = 180.0  # [s] for a policy to be loaded and warmed up: the first import of torch takes long on small computers
 ENDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))  # and how long each is given [s]
 HALTS = ("stop", "estop")  # wanted whoever else there is
-TRANSITIONS = ("configure", "activate", "deactivate", "cleanup")  # of a lifecycle node; none of them moves the arm
+STARTS = ("start", "home")  # never come after a halt, or the end of a lifecycle state, that was typed later
+DOWN = ("deactivate", "cleanup")
+TRANSITIONS = ("configure", "activate", *DOWN)  # of a lifecycle node; none of them moves the arm
 FIRST_CODE = 10  # exit code when the first process dies; the second: one more
 _PR_SET_PDEATHSIG = 1
 
@@ -126,6 +128,11 @@ class Supervisor:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
         self._changing: list[threading.Thread] = []  # parameters and transitions that were typed
+        self._steps = {  # that a lifecycle node is still to be taken through, without anybody's typing them
+            process.name: ["configure", "activate", *["start"] * process.lifecycle]
+            for process in processes
+            if process.lifecycle is not None
+        }
 
     def run(self) -> int:
         """The exit code."""
@@ -197,22 +204,35 @@ class Supervisor:
         if process.node:
             self._until(partial(self._there, child), READY, f"node {process.node} of {process.name}")
             self._alone(process)
-        if process.lifecycle is not None:
-            for transition in ("configure", "activate"):
-                self._transition(process, transition)
-            if process.lifecycle:
-                self._command(process, "start")
+        while steps := self._steps.get(process.name):
+            self._step(process, steps)
         say(f"{process.name} runs{'; type ' + ', '.join(process.services) if process.services else ''}")
+
+    def _step(self, process: Process, steps: list[str]) -> None:
+        """The first of them, unless what is typed before it is asked for takes it away."""
+        from std_srvs.srv import Trigger
+
+        step = steps[0]
+        name, kind = ("start", TRIGGER) if step == "start" else ("change_state", CHANGE_STATE)
+        asked = client(self._node, f"{process.node}/{name}", kind)
+        self._until(lambda: asked.service_is_ready() or step not in steps, READY, f"service {name} of {process.name}")
+        self._alone(process)
+        self._hear()
+        if step not in steps:
+            return
+        steps.remove(step)
+        if step != "start":
+            self._transition(process, step)
+            return
+        answer = asked.call_async(Trigger.Request())  # at once: a stop that is typed from now on is sent after it
+        self._until(answer.done, READY, f"an answer to start of {process.name}")
+        self._alone(process)
+        _answered(step, answer.result())
 
     def _transition(self, process: Process, name: str) -> None:
         say(f"{name} {process.name}")
         if not change_state(self._node, process.node, name, CONFIGURE, partial(self._alone_until, process)):
             raise RosError(f"{process.name} could not {name}; its lines above say why")
-
-    def _command(self, process: Process, name: str) -> None:
-        """A Trigger service of a node."""
-        wait = partial(self._alone_until, process)
-        _answered(name, ask(self._node, f"{process.node}/{name}", TRIGGER, timeout=READY, wait=wait))
 
     def _alone_until(self, process: Process, condition: Callable[[], bool], seconds: float) -> bool:
         came = self._came(condition, seconds)
@@ -245,8 +265,7 @@ class Supervisor:
                 looked = time.monotonic()
                 for child in self._children:
                     child.watch()
-            while not self._lines.empty():
-                self._typed(self._lines.get())
+            self._hear()
             self._ask()
             time.sleep(0.02)
         return True
@@ -260,11 +279,16 @@ class Supervisor:
                 for command in line.split(";"):
                     self._lines.put(command.strip())
 
+    def _hear(self) -> None:
+        while not self._lines.empty():
+            self._typed(self._lines.get())
+
     def _typed(self, line: str) -> None:
         """``SERVICE``: of the last process that has it, the policy; ``PROCESS SERVICE``: of that one; ``PROCESS set NAME VALUE``.
         A lifecycle node's transitions are typed as services are.
 
-        Nothing waits for the answer: an `estop` must not stand in line behind a `start` that takes its time.
+        Nothing waits for the answer: an `estop` must not stand in line behind a `start` that takes its time. Starts that wait
+        do not come after it, either.
         """
         from std_srvs.srv import Trigger
 
@@ -277,10 +301,12 @@ class Supervisor:
         *names, service = line.split() or [""]
         for process in reversed(self._processes):
             if service in process.services and names in ([], [process.name]):
-                client = self._node.create_client(Trigger, f"{process.node}/{service}")
-                self._asked.append((process, service, client, time.monotonic() + FOUND))
+                self._drop(process, service)
+                asked = self._node.create_client(Trigger, f"{process.node}/{service}")
+                self._asked.append((process, service, asked, time.monotonic() + FOUND))
                 return
             if process.lifecycle is not None and service in TRANSITIONS and names in ([], [process.name]):
+                self._drop(process, service)
                 self._change(process, service, partial(self._pass, process, service))
                 return
         if line:
@@ -288,6 +314,18 @@ class Supervisor:
             offered += [f"{p.name} {name}" for p in self._processes if p.lifecycle is not None for name in TRANSITIONS]
             offered += [f"{p.name} set PARAMETER VALUE" for p in self._processes if p.node]
             say(f"'{line}' is none of: {', '.join(offered) or 'nothing can be typed here'}")
+
+    def _drop(self, process: Process, typed: str) -> None:
+        """A halt takes back the starts that wait; what leaves a lifecycle state, the way up at the beginning, too."""
+        if typed not in (*HALTS, *DOWN):
+            return
+        steps = self._steps.get(process.name, [])
+        dropped = [step for step in steps if typed in DOWN or step in STARTS]
+        steps[:] = [step for step in steps if step not in dropped]
+        starts = [call for call in self._asked if call[0] is process and call[1] in STARTS]
+        self._asked = [call for call in self._asked if call not in starts]
+        if dropped := [*dropped, *(call[1] for call in starts)]:
+            say(f"{process.name}: {', '.join(dropped)} dropped, for {typed} was typed; nothing starts before you type start")
 
     def _change(self, process: Process, what: str, work: Callable[[], None]) -> None:
         """A parameter or a transition; in a thread, because it waits for answers. What was typed before is done before."""
@@ -319,18 +357,18 @@ class Supervisor:
 
         waiting = []
         self._changing = [thread for thread in self._changing if thread.is_alive()]
-        for process, service, client, end in self._asked:
+        for process, service, asked, end in self._asked:
             if self._changing and service not in HALTS:  # `arm set seed 5`, then `arm reset`: in their order
-                waiting.append((process, service, client, end))
-            elif client.service_is_ready() and service not in HALTS and self._nodes(process.node) > 1:
+                waiting.append((process, service, asked, end))
+            elif asked.service_is_ready() and service not in HALTS and self._nodes(process.node) > 1:
                 say(f"{service}: refused: two nodes are called {process.node} {self._mend()}")
-            elif client.service_is_ready():
+            elif asked.service_is_ready():
                 name = f"{process.name} {service}"
-                client.call_async(Trigger.Request()).add_done_callback(lambda answer, n=name: _answered(n, answer.result()))
+                asked.call_async(Trigger.Request()).add_done_callback(lambda answer, n=name: _answered(n, answer.result()))
             elif time.monotonic() > end:
                 say(f"{service}: {process.name} does not offer it; is it there yet?")
             else:
-                waiting.append((process, service, client, end))
+                waiting.append((process, service, asked, end))
         self._asked = waiting
 
     # ---- ending --------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def check(processes: Iterable[Process], environment: Mapping[str, str]) -> None:
         "hardware.ros2.recorder": RecorderConfig,
         "hardware.ros2.policy_node": NodeConfig,
     }
+    stands = None  # what the simulated arm stands in front of
     for process in processes:
         if (kind := kinds.get(process.module)) is None:
             continue
@@ -124,13 +125,18 @@ def check(processes: Iterable[Process], environment: Mapping[str, str]) -> None:
             ours = {name: value for name, value in ours.items() if not name.startswith("faults.")}
         config = parse(kind, ours, where=process.name)
         if not isinstance(config, NodeConfig):
-            load_profile(config.profile)  # type: ignore[attr-defined]  # all have one
+            profile = load_profile(config.profile)  # type: ignore[attr-defined]  # all have one
+            if isinstance(config, VirtualArmConfig):
+                stands = config.task or profile.model.args.get("task")
         elif process.lifecycle is not None:  # it is configured at once
-            _check_policy(config)
+            _check_policy(config, stands)
 
 
-def _check_policy(config: NodeConfig) -> None:
-    """What the node would refuse to be configured with: by its own code, and without an arm."""
+def _check_policy(config: NodeConfig, stands: str | None) -> None:
+    """What the node would refuse to be configured with: by its own code, and without an arm.
+
+    ``stands``: the task of the arm that is started, too; None: unknown.
+    """
     from hardware.ros2.deployment import check_fit, features_of, limits_of, profile_of, task_of
     from hardware.ros2.joints import make_model
     from robopolicy.config import apply_overrides
@@ -139,7 +145,13 @@ def _check_policy(config: NodeConfig) -> None:
 
     profile = profile_of(config)
     limits_of(config, profile)
-    model = make_model(profile, *task_of(config.checkpoint))
+    task, args = task_of(config.checkpoint)
+    if None not in (task, stands) and "task" in profile.model.args and task != stands:
+        raise ConfigError(
+            f"the policy was trained for task '{task}', and the arm stands in front of '{stands}' (profile '{config.profile}'); "
+            f"deploy another policy, or give task={task}, or a profile with that task"
+        )
+    model = make_model(profile, task, args)
     if (features := features_of(config.checkpoint)) is not None:
         check_fit(features, model)
     setting = apply_overrides({}, [f"executor={config.executor}", f"planner={config.planner}"])
