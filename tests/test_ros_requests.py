@@ -43,7 +43,7 @@ class Node:
         self.problems: Callable[[], list[str]] = list
         self.buttons: dict[bytes, str] = {}  # publishers of the emergency stop
         self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
-        self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), rivals=list)
+        self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), denied=list, rivals=list)
 
     def get_fully_qualified_name(self) -> str:
         return "/node"
