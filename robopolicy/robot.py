@@ -121,8 +121,9 @@ class RealRobot(Robot, Protocol):
     def hear(self, request: Callable[..., Any]) -> None:
         """Tell ``request``, from any thread and until it is closed, who stops it: people at buttons, and second masters.
 
-        ``request("estop", why=...)``, ``request("stop", why="rival: ...")``, and ``request("deadman", pressed=...)`` again and
-        again. They are heeded in the next period; see :meth:`robopolicy.deploy.arbiter.Arbiter.request`.
+        ``request("estop", why=...)``, ``request("stop", why="rival: ...")`` or, for one who commands it, too, ``"mute"``, and
+        ``request("deadman", pressed=...)`` again and again. They are heeded in the next period; see
+        :meth:`robopolicy.deploy.arbiter.Arbiter.request`.
         """
         ...
 

@@ -238,6 +238,58 @@ def test_an_emergency_stop_while_the_first_plan_is_awaited() -> None:
     assert (cell.sent == 0.0).all()
 
 
+# ---- a second master ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["", "stop", "idle", "estop"])
+def test_who_is_mute_comes_to_rest_and_sends_nothing_until_a_start_from_where_the_arm_is(before: str) -> None:
+    """Two who command it make an arm jump: also where ours only holds it."""
+    cell = Cell().started()
+    if before:
+        assert cell.ask(before)[0]
+        cell.run(0.5)
+        held = len(cell.sent)
+    assert cell.ask("mute", why="another")[0]
+    if not before:
+        assert cell.cause == "another"
+        assert (cell.arbiter.status.muted, cell.arbiter.silent) == ("", True), "it decelerates"
+        cell.run(0.5)
+        held = len(cell.sent)
+        assert cell.speed() < 0.01, "down to where it rests"
+        assert cell.smooth()
+    assert cell.arbiter.status.muted == "another"
+    assert cell.robot.stopped, "a controller of velocities would go on with the last"
+    cell.robot.at = cell.robot.at + 0.1  # by the other
+    for name in ("stop", "mute", "idle", "estop", "reset"):
+        assert cell.ask(name)[0]
+        cell.run(0.2)
+    cell.robot.broken = {"state"}  # which sends what is held, else
+    cell.run(0.1)
+    cell.robot.broken = set()
+    cell.robot.sense = NAN
+    assert not cell.ask("start")[0]
+    cell.robot.sense = lambda state: state
+    assert cell.arbiter.status.muted == "another"
+    assert len(cell.sent) == held
+    there = cell.robot.at
+    assert cell.ask("home" if before == "idle" else "start")[0]
+    assert cell.arbiter.status.muted == ""
+    assert cell.sent[held] == pytest.approx(there, abs=1e-3)
+    cell.run(0.3)
+    assert len(cell.sent) == held + 31
+    assert cell.mode == "running"
+
+
+def test_who_was_never_started_is_not_mute() -> None:
+    cell = Cell()
+    assert cell.arbiter.silent
+    assert cell.ask("mute") == (True, "stands")
+    assert cell.arbiter.status.muted == ""
+    assert not cell.robot.stopped
+    cell.started()
+    assert not cell.arbiter.silent
+
+
 # ---- shadow ------------------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +419,7 @@ def test_in_any_order_of_requests_an_emergency_stop_holds_and_nothing_jumps(scri
             assert message, "every request is answered"
             assert not (ok and latched and what in ("start", "home")), "no start while it is latched"
             latched = what == "estop" or (latched and not (what == "reset" and ok))
-            allowed = (allowed or (ok and what in ("start", "home"))) and what not in ("stop", "idle", "estop")
+            allowed = (allowed or (ok and what in ("start", "home"))) and what not in ("stop", "mute", "idle", "estop")
         assert latched == (cell.safety.mode is Mode.ESTOPPED)
         assert allowed or cell.safety.mode not in (Mode.RUNNING, Mode.HOLDING)
     assert cell.smooth()

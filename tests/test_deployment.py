@@ -153,13 +153,16 @@ def test_control_that_does_not_begin_is_said_and_leaves_no_second_thread(
 def status(**changes: Any) -> Status:
     numbers = {"p50": 1.0, "p99": 2.0}
     values: dict[str, Any] = {
-        "time": 10.0, "mode": "running", "source": "policy", "shadow": False, "cause": "", "reasons": (),
+        "time": 10.0, "mode": "running", "source": "policy", "shadow": False, "cause": "", "muted": "", "reasons": (),
         "request": Answer("start", True, "policy begins"), "fault": "", "deadman": None, "names": ("a", "b"),
         "measured": (0.0, 0.0), "set_point": (0.0, 0.0), "ages": {"state": 0.01, "front": 0.1, "command": 0.3}, "rate": 100.0,
         "lateness_ms": numbers, "work_ms": numbers, "periods": 1000, "skipped": 0, "missed": 0, "counters": {}, "events": {},
         "reports": {"policy": {"inference_ms": numbers, "chunks": 3, "starved": 0}}, "notes": (),
     }  # fmt: skip
     return Status(**{**values, **changes})
+
+
+NONE_YET = {"policy": {"inference_ms": {"p50": float("nan"), "p99": float("nan")}}}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +182,8 @@ def status(**changes: Any) -> Status:
         ({}, "inference", Level.OK, "p50 1.0 ms, p99 2.0 ms"),
         ({"mode": "stopped", "cause": "inference the process was killed"}, "inference", Level.ERROR, "killed"),
         ({"reports": {}}, "inference", Level.OK, "nothing planned yet"),
+        ({"reports": NONE_YET}, "inference", Level.OK, "nothing planned yet"),
+        ({"mode": "stopped", "cause": "asked", "muted": "2 nodes"}, "control", Level.ERROR, "asked; nothing is sent until"),
         ({"time": 8.0}, "control", Level.ERROR, "no control period for 2.1 s: control hangs"),
     ],
 )
@@ -187,6 +192,11 @@ def test_diagnostics_say_what_is_wrong_and_how_bad_it_is(changes: dict[str, Any]
     assert found[entry].level == level
     assert says in found[entry].message
     assert all(isinstance(value, str) for one in found.values() for value in one.values.values())
+
+
+def test_a_dead_inference_process_is_an_error_whatever_was_asked_for_since() -> None:
+    found = health(status(mode="stopped", cause="asked", reports=NONE_YET), 10.1, PROFILE.safety, {}, "it was killed by SIGKILL")
+    assert next((one.level, one.message) for one in found if one.name == "inference") == (Level.ERROR, "it was killed by SIGKILL")
 
 
 def test_before_the_first_period_nothing_hangs() -> None:

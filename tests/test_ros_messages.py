@@ -237,6 +237,17 @@ def test_drivers_without_stamps_are_judged_by_arrival() -> None:
     assert inputs.age(inputs.latest.stamp.came + 0.5) == pytest.approx(0.5)
 
 
+def test_refusals_count_while_they_come_and_nothing_else_does() -> None:
+    inputs, first, second = slot(), at(0.1), at(0.2)
+    inputs.accept(first, came=10.0)
+    assert inputs.refusing(10.0) == ""
+    inputs.accept(first, came=10.1)
+    assert inputs.refusing(10.2) == "duplicate: the same stamp again"
+    assert inputs.refusing(12.0) == "", "the driver has ended since"
+    inputs.accept(second, came=10.3)
+    assert inputs.refusing(10.4) == ""
+
+
 def test_publishers_side_by_side_are_told_from_one_that_takes_over() -> None:
     inputs = slot()
 

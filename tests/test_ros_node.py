@@ -177,6 +177,19 @@ def test_a_start_outside_the_limits_is_refused_and_names_the_joint(active: Stand
     assert active.sent() == []
 
 
+def test_a_start_without_states_says_why_they_are_refused(active: Stand) -> None:
+    """An age alone sends people to cables and clocks."""
+    active.driver.put(joint2=float("nan"))
+    clock, slot = active.rig.node._time, active.rig.node.robot.slots["state"]  # type: ignore[union-attr]
+    active.ros.until(lambda: slot.age(clock.now()) > 0.2, what="age")
+    ok, message = active.rig.call("start")
+    assert not ok
+    assert re.fullmatch(r"stale state: \S+, limit 0.15 \(messages are refused: .*position of joint2\)", message)
+    active.rig.until(lambda told: told["refused"] == f"start refused: {message}")
+    active.driver.put()
+    active.start()
+
+
 def test_a_start_unlike_the_training_data_is_refused_and_names_the_joint(active: Stand) -> None:
     active.driver.put(joint1=-2.5)  # within the limits, and nowhere near a demonstration
     active.ros.spin(0.1)
@@ -387,9 +400,14 @@ def test_the_death_of_the_inference_process_stops_the_arm(stand: Stand) -> None:
 def test_the_death_of_an_inference_process_that_nobody_asks_is_said_at_once(stand: Stand) -> None:
     assert stand.rig.set(inference="process") == []
     assert stand.rig.to("activate")
+    assert stand.diagnosis("inference").message == "nothing planned yet"
     planner: Any = stand.rig.node.deployment._planner  # type: ignore[union-attr]
     os.kill(planner.pid, signal.SIGKILL)
     told = stand.rig.until(lambda told: "inference process" in told["refused"])
+    assert stand.rig.call("stop")[0]
+    entry = stand.diagnosis("inference")
+    assert entry.level == b"\x02"
+    assert "killed by SIGKILL" in entry.message
     assert "killed by SIGKILL" in told["refused"]
     assert "deactivate, cleanup and configure" in told["refused"]
     ok, message = stand.rig.call("start")

@@ -168,11 +168,42 @@ def test_a_second_master_that_comes_while_the_arm_moves_stops_it(running: Stand)
     assert cause.startswith("2 nodes publish on '/forward_position_controller/commands': ")
     assert f"{NAME}_io" in cause
     assert running.ros.node.get_name() in cause
-    running.still()
+    assert running.rig.until(lambda told: told["muted"] == cause)["mode"] == "stopped"
+    running.ros.until(running.silent, what="the last command")
+    assert np.ptp(running.sent()[-2:], axis=0).max() < 1e-3, "down to where it rests"
     running.ros.node.destroy_publisher(other)
     running.ros.until(lambda: not running.rig.node.robot.rivals(), what="its end")  # type: ignore[union-attr]
     running.ros.spin(0.5)
+    assert running.silent()
     assert running.rig.told[-1]["mode"] == "stopped"  # a person starts it again
+
+
+def test_a_node_that_stands_is_silent_when_a_second_master_comes_and_starts_where_the_arm_is(running: Stand) -> None:
+    """Else the arm jumps between the one that moves it and what is held here."""
+    assert running.rig.call("stop")[0]
+    running.still()
+    other = running.ros.node.create_publisher(Float64MultiArray, PROFILE.command.topic, COMMAND.to_ros())
+    told = running.rig.until(lambda told: bool(told["muted"]))
+    assert told["mode"] == "stopped"
+    assert told["cause"] == told["muted"]
+    assert running.rig.call("estop")[0]
+    assert running.rig.mode("estopped")["muted"] == told["muted"]
+    running.ros.until(running.silent, what="the last command")
+    entry = running.diagnosis("control")
+    assert entry.level == b"\x02"
+    assert "estop asked; nothing is sent until the next ~/start" in entry.message
+    assert running.rig.call("reset")[0]
+    assert "2 nodes publish on" in running.rig.call("start")[1]
+    running.driver.put(joint1=0.1)  # by the other
+    running.ros.node.destroy_publisher(other)
+    running.ros.until(lambda: not running.rig.node.robot.rivals(), what="its end")  # type: ignore[union-attr]
+    running.ros.spin(0.1)
+    assert running.silent()
+    count = len(running.sent())
+    running.start()
+    running.ros.until(lambda: len(running.sent()) > count, what="a command")
+    assert abs(running.sent()[count][0] - 0.1) < 0.005
+    assert running.rig.mode("running")["muted"] == ""
 
 
 def test_joint_states_of_ours_from_a_second_node_stop_the_arm_and_those_of_others_do_not(running: Stand) -> None:

@@ -35,6 +35,7 @@ _HANGS = 0.5  # [s] without a period
 _SAME = 5.0  # [s] in which a kind of intervention is logged once
 _MISSED = 0.01  # share of periods from which on the timing is worth a warning
 _MODES = ("stop", "estop")  # interventions that ~/state tells
+_MUTED = "nothing is sent until the next ~/start"
 _WANTED = ("asked", "disabled", "idle", "home reached", "control ends")  # causes of stops that somebody meant
 
 
@@ -63,7 +64,7 @@ def node(lifecycle: str, refused: str, rivals: Sequence[str], doubts: Sequence[s
     return Health("node", level, f"{lifecycle}: {message}" if message else lifecycle, _texts({"refused": refused, **facts}))
 
 
-def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[str, int]) -> list[Health]:
+def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[str, int], dead: str = "") -> list[Health]:
     """Everything about control.
 
     Args:
@@ -71,16 +72,18 @@ def health(status: Status, now: float, limits: SafetyLimits, rejected: Mapping[s
         now: On its clock [s].
         limits: Of its safety filter.
         rejected: Messages that were refused, by input and reason.
+        dead: Why there will be no more plans; empty: there will be.
     """
     silent = now - status.time
     if status.periods and silent > _HANGS:
         return [Health("control", Level.ERROR, f"no control period for {silent:.1f} s: control hangs", {"mode": status.mode})]
-    return [_control(status), _timing(status, limits), _inputs(status, limits, rejected), _inference(status)]
+    return [_control(status), _timing(status, limits), _inputs(status, limits, rejected), _inference(status, dead)]
 
 
 def _control(status: Status) -> Health:
-    message = f"{status.mode}: {status.cause}" if status.cause else f"{status.mode}: {status.source}"
-    if status.fault or status.mode == "estopped" or (status.mode == "stopped" and status.cause not in ("", *_WANTED)):
+    message = f"{status.mode}: {status.cause or status.source}" + (f"; {_MUTED}" if status.muted else "")
+    stopped = status.mode == "stopped" and status.cause not in ("", *_WANTED)
+    if status.fault or status.muted or status.mode == "estopped" or stopped:
         level = Level.ERROR
     else:
         level = Level.WARN if status.mode == "holding" else Level.OK
@@ -89,6 +92,7 @@ def _control(status: Status) -> Health:
         "source": status.source,
         "shadow": status.shadow,
         "cause": status.cause,
+        "muted": status.muted,
         "reasons": "; ".join(status.reasons),
         "fault": status.fault,
         "deadman": {None: "none", True: "pressed", False: "released"}[status.deadman],
@@ -126,11 +130,12 @@ def _inputs(status: Status, limits: SafetyLimits, rejected: Mapping[str, int]) -
     return Health("inputs", Level.ERROR if stale else Level.OK, message, _texts(facts))
 
 
-def _inference(status: Status) -> Health:
+def _inference(status: Status, dead: str) -> Health:
     report = status.reports.get("policy", {})
     latency = report.get("inference_ms", {})
-    fault = status.cause if status.cause.startswith("inference") else ""
-    known = f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" if "p50" in latency else "nothing planned yet"
+    fault = dead or (status.cause if status.cause.startswith("inference") else "")
+    latency = {rank: value for rank, value in latency.items() if not math.isnan(value)}
+    known = f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" if latency else "nothing planned yet"
     facts = {f"latency_ms {rank}": value for rank, value in latency.items()}
     facts |= {name: value for name, value in report.items() if name != "inference_ms"}
     return Health("inference", Level.ERROR if fault else Level.OK, fault or known, _texts(facts))
@@ -167,7 +172,8 @@ class Reporter:
         if status is not None and deployment is not None and robot is not None:
             slots = [(name, slot.rejected.copy()) for name, slot in robot.slots.items()]  # it may grow meanwhile
             rejected = {f"{name}: {kind}": count for name, counts in slots for kind, count in counts.items()}
-            entries += health(status, self._clock.now(), deployment.limits, rejected)
+            dead = "" if deployment.fault is None else str(deployment.fault)
+            entries += health(status, self._clock.now(), deployment.limits, rejected, dead)
         with self._lock:
             self._log(status)
             self._tell(lifecycle, refused, estopped, status, {name: facts[name] for name in ("drives", "checkpoint", "profile")})
@@ -186,11 +192,15 @@ class Reporter:
 
     def _tell(self, lifecycle: str, refused: str, estopped: str, status: Status | None, facts: Mapping[str, str]) -> None:
         mode, source, cause = ("off", "", estopped) if status is None else (status.mode, status.source, status.cause)
-        said = {"lifecycle": lifecycle, "mode": mode, "source": source, "cause": cause, "refused": refused, **facts}
+        muted = "" if status is None else status.muted
+        control = {"mode": mode, "source": source, "cause": cause, "muted": muted}
+        said = {"lifecycle": lifecycle, **control, "refused": refused, **facts}
         if said == self._said:
             return
-        if [self._said.get(key) for key in ("mode", "source", "cause")] != [mode, source, cause]:
-            if cause:  # rclpy wants one severity for each line of code
+        if {key: self._said.get(key) for key in control} != control:
+            if muted:  # rclpy wants one severity for each line of code
+                self._node.get_logger().error(f"{mode}, {source}: {cause}; {_MUTED}")
+            elif cause:
                 self._node.get_logger().warning(f"{mode}, {source}: {cause}")
             else:
                 self._node.get_logger().info(f"{mode}, {source}" if source else mode)

@@ -7,6 +7,7 @@ What the slot holds then grows old, and the safety filter holds the arm as it do
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -65,6 +66,7 @@ class Slot(Generic[T]):
         self._heard: dict[bytes, tuple[float, float]] = {}  # publisher: since when it is heard, and until when
         self.rejected: Counter[str] = Counter()
         self.last_rejection = ""
+        self._refused_at = -math.inf
         self._newest: int | None = None  # stamp [ns]
         self._arrivals: deque[float] = deque(maxlen=_RATE_OF)
 
@@ -84,7 +86,7 @@ class Slot(Generic[T]):
             self._in_order(nanoseconds)
         except Rejected as error:
             self.rejected[error.kind] += 1
-            self.last_rejection = str(error)
+            self.last_rejection, self._refused_at = str(error), came
             return
         self._newest = nanoseconds
         self._arrivals.append(came)
@@ -121,6 +123,11 @@ class Slot(Generic[T]):
     def unchanged(self) -> float:
         """For how long the same value has come again and again, or the last few in turn, to the bit [s]; 0: not compared."""
         return 0.0 if self.latest is None else max(0.0, self.latest.stamp.came - self._changed)
+
+    def refusing(self, now: float) -> str:
+        """Why the last one was refused, if that was within a second and none was good since; empty: it was not."""
+        good = -math.inf if self.latest is None else self.latest.stamp.came
+        return self.last_rejection if self._refused_at > good and now - self._refused_at <= _BESIDE else ""
 
     def origins(self, now: float) -> list[bytes]:
         """Publishers whose good messages come side by side; one that took over from another stands alone."""

@@ -63,7 +63,7 @@ class OwnRosRobot(RosRobot):
             if denied := self.denied():
                 request("mute", why=denied[0])
             if rivals := super(OwnRosRobot, self).rivals():
-                request("stop", why=f"rival: {rivals[0]}")
+                request("mute" if self.masters() else "stop", why=f"rival: {rivals[0]}")
 
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises
             deep = quality._replace(depth=_PRESSES).to_ros()

@@ -262,11 +262,17 @@ class PolicyNode(LifecycleNode):
         self.report()
 
     def _watch_rivals(self) -> None:
-        """A second master that comes while the arm moves stops it: graph and slots are looked at here, not in control."""
+        """A second master stops an arm that moves; one who commands it, too, is left alone with it, whether it moves or stands.
+
+        Graph and slots are looked at here, not in control.
+        """
         arbiter = None if self.deployment is None else self.deployment.arbiter
-        if arbiter is None or self.robot is None or not arbiter.commanded:
+        if arbiter is None or self.robot is None or arbiter.silent:
             return
-        if rivals := self.robot.rivals():
+        if masters := self.robot.masters():
+            self.get_logger().error(masters[0])
+            self.requests.halt("mute", masters[0])
+        elif arbiter.commanded and (rivals := self.robot.rivals()):
             self.get_logger().error(rivals[0])
             self.requests.halt("stop", rivals[0])
 

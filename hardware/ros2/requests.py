@@ -103,7 +103,7 @@ class Requests:
             with self._lock:
                 self.acts += 1
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
-        return ok, message.removeprefix("refused: ") + shadow + ("" if ok else mend(message))
+        return ok, robot.explained(message.removeprefix("refused: ")) + shadow + ("" if ok else mend(message))
 
     def home(self) -> Said:
         return self.start("home")
@@ -187,7 +187,7 @@ class Requests:
         return there
 
     def halt(self, name: str, why: str) -> Ticket | None:
-        """``stop`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
+        """``stop``, ``mute`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
         with self._lock:
             self.acts += 1
             if name == "estop":

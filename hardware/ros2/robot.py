@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -196,12 +197,7 @@ class RosRobot:
 
         4 us a topic where all is well; 80 us where it is not. Others may use a topic for what is not ours: other joints, frames.
         """
-        found = []
-        for key in self._publishers:
-            path = self._paths[key]
-            if (count := self.node.count_publishers(path)) > 1:
-                who = _named(self.node.get_publishers_info_by_topic(path))
-                found.append(f"{count} nodes publish on '{path}': {who}; two masters make an arm jump, end the others")
+        found = self.masters()
         for name, slot in self.slots.items():
             path, origins = self._paths[self._key(name)], slot.origins(self.clock.now())
             if len(origins) > 1:
@@ -210,6 +206,26 @@ class RosRobot:
                 if len(ours) != 1:  # the others have ended
                     found.append(f"{len(origins)} nodes say on '{path}' {_what(name)}: {_named(ours or there)}; keep one")
         return found
+
+    def masters(self) -> list[str]:
+        """Those of :meth:`rivals` who command it, or could."""
+        found = []
+        for key in self._publishers:
+            path = self._paths[key]
+            if (count := self.node.count_publishers(path)) > 1:
+                who = _named(self.node.get_publishers_info_by_topic(path))
+                found.append(f"{count} nodes publish on '{path}': {who}; two masters make an arm jump, end the others")
+        return found
+
+    def explained(self, refusal: str) -> str:
+        """A refusal, and behind every input that it calls stale why its messages are refused, if they are."""
+
+        def add(match: re.Match[str]) -> str:
+            slot = self.slots.get(match["name"])
+            why = "" if slot is None else slot.refusing(self.clock.now())
+            return f"{match[0]} (messages are refused: {why})" if why else match[0]
+
+        return re.sub(r"stale (?P<name>\w+): [^;]*", add, refusal)
 
     def doubts(self) -> list[str]:
         """Topics with several publishers of which the middleware does not tell whose messages we take."""

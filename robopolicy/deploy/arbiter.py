@@ -21,7 +21,7 @@ from robopolicy.deploy.clock import Clock, Tick, Ticker, quiet
 from robopolicy.deploy.latency import Log
 from robopolicy.deploy.requests import REQUESTS, Answer, Ticket
 from robopolicy.deploy.safety import Mode, Reason, Result, SafetyFilter, Stamp
-from robopolicy.deploy.sources import ControlConfig, Idle, Source, Target, age
+from robopolicy.deploy.sources import ControlConfig, Idle, LateError, Source, Target, age
 from robopolicy.deploy.status import Period, Status, ages, timing
 from robopolicy.errors import ConfigError, nearest
 from robopolicy.robot import Robot, State
@@ -51,6 +51,7 @@ class Arbiter:
         log: Every period, as docs/deploy.md says.
         skipped, missed: Periods skipped, and ended late.
         fault: The last exception in a period.
+        muted: Why nothing is sent until the next start, since a request to ``mute``; empty: it is.
         notes: What the system did not permit.
 
     Raises:
@@ -83,6 +84,7 @@ class Arbiter:
         self.log = Log(self.config.log_size, dict.fromkeys(scalars, 0) | {"action": size, "target": n, "executed": n, "state": n})
         self.skipped = self.missed = self.episode = self._missed_now = 0
         self.fault: Exception | None = None
+        self.muted = self._mutes = ""  # the latter from when it is asked for, while the arm still decelerates
         self.notes: list[str] = []
         self._requests: deque[Ticket] = deque()  # its operations are atomic
         self._source: Source = self._idle
@@ -97,10 +99,10 @@ class Arbiter:
     # ---- any thread ----------------------------------------------------------------------------------------------------------
 
     def request(self, name: str, **arguments: Any) -> Ticket:
-        """Ask for ``idle``, ``start(source="policy")``, ``stop``, ``home``, ``estop``, ``reset`` or ``deadman(pressed=...)``.
+        """Ask for ``idle``, ``start(source="policy")``, ``stop``, ``mute``, ``home``, ``estop``, ``reset`` or ``deadman``.
 
-        Done at the next period, in the order asked. ``stop``, ``idle`` and ``estop`` take ``why``. Raises ConfigError for an
-        unknown name.
+        Done at the next period, in the order asked. ``stop``, ``mute``, ``idle`` and ``estop`` take ``why``,
+        ``deadman`` takes ``pressed``. Raises ConfigError for an unknown name.
         """
         if name not in REQUESTS:
             raise ConfigError(f"unknown request '{name}': {nearest(name, REQUESTS)}")
@@ -112,6 +114,11 @@ class Arbiter:
     def commanded(self) -> bool:
         """Whether anybody but ``idle`` commands."""
         return self._source is not self._idle
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is sent, or will be once the arm rests, until somebody starts it."""
+        return self.episode == 0 or bool(self._mutes)
 
     @property
     def status(self) -> Status:
@@ -128,6 +135,7 @@ class Arbiter:
             source=self._source.name,
             shadow=self.shadow,
             cause=self._cause,
+            muted=self.muted,
             reasons=() if result is None else tuple(str(reason) for reason in result.reasons),
             request=self._answer,
             fault="" if self.fault is None else repr(self.fault),
@@ -211,12 +219,13 @@ class Arbiter:
         now, wanted = self.clock.now(), self.sources[source]
         if reasons := wanted.begin(now, state):
             return reasons
-        moving = self.safety.mode in _MOVING
+        moving, reseat = self.safety.mode in _MOVING, reseat or bool(self._mutes)  # others may have moved it
         if not moving and (reasons := self._start_filter(now, state, reseat)):
             wanted.end()
             return reasons
         self._source.end()
         self._source, self._starting, self._missed_now = wanted, True, 0
+        self.muted = self._mutes = ""
         self.episode += 1
         return ()
 
@@ -227,6 +236,7 @@ class Arbiter:
 
     def _period(self, tick: Tick) -> None:
         now, self._result = tick.start, None
+        self._hush()
         state = self.robot.state()
         if self._starting:
             self._await(now, state)
@@ -263,7 +273,12 @@ class Arbiter:
 
     def _await(self, now: float, state: State) -> None:
         """The arm stands until the source's first target is there, and starts from where it is then."""
-        if not self._source.ready(now):
+        try:
+            ready = self._source.ready(now)
+        except LateError as error:
+            self.rest(str(error))
+            return
+        if not ready:
             self.safety.stop("the first plan is awaited")
             return
         if self.safety.mode not in _MOVING:
@@ -290,8 +305,15 @@ class Arbiter:
         elif self._source is not self._idle and not self._starting:  # the filter has stopped it
             self.rest(str(target.why or self.safety.cause))
 
+    def _hush(self) -> None:
+        """Who is to be mute is so once the set point rests; the robot is told, because velocities would go on."""
+        if self._mutes and not self.muted and self.safety.still:
+            self.muted = self._mutes
+            if not self.shadow:
+                self.robot.stop()
+
     def _send(self, executed: np.ndarray | None) -> None:
-        if executed is not None and not self.shadow:
+        if executed is not None and not self.shadow and not self.muted:
             self.robot.command(executed)
 
     def _brake(self, now: float) -> None:
@@ -346,6 +368,8 @@ class Arbiter:
             return self._press(bool(ticket.arguments["pressed"]), ticket.asked)
         why = str(ticket.arguments.get("why", "asked" if ticket.name != "idle" else "idle"))
         self.rest(why)
+        if ticket.name == "mute" and not self.silent:
+            self._mutes = why
         if ticket.name == "estop":
             self.safety.estop(why)
             self._cause = f"estop {why}"

@@ -13,7 +13,7 @@ _MENDS = {  # of refused starts, by what they say
     "clock_ahead": "the sender's clock is ahead by so many seconds, so nobody sees how old its messages are: run chrony on both",
     "stuck": "the same to the bit for so many seconds: restart that sensor; if it has no noise, `stuck: null` in the profile",
 }
-REQUESTS = ("idle", "start", "stop", "home", "estop", "reset", "deadman")
+REQUESTS = ("idle", "start", "stop", "mute", "home", "estop", "reset", "deadman")
 
 
 def mend(refusal: str) -> str:

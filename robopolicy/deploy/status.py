@@ -45,6 +45,7 @@ class Status:
         source: Who commands.
         shadow: Nothing is sent.
         cause: Of the last hold, stop or refusal; empty while it runs.
+        muted: Why nothing is sent until the next start, as for a second master; empty: it is.
         reasons: Interventions and warnings of the last period.
         request: The last request, but deadmen, and what came of it.
         fault: The last exception in a period; empty when there was none.
@@ -67,6 +68,7 @@ class Status:
     source: str
     shadow: bool
     cause: str
+    muted: str
     reasons: tuple[str, ...]
     request: Answer | None
     fault: str

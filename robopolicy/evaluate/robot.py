@@ -319,7 +319,8 @@ class _Begin:
             raise EvaluationError(f"{loop.arbiter.status.cause}; release it, and evaluate the other seeds")
 
     def _refused(self, seed: int, who: str, why: tuple[Reason, ...]) -> EvaluationError:
-        return EvaluationError(f"the episode of seed {seed} cannot begin, {who}: {why[0]}{mend(str(why[0]))}")
+        explained = getattr(self._robot, "explained", str)  # of a robot that knows why nothing new comes
+        return EvaluationError(f"the episode of seed {seed} cannot begin, {who}: {explained(str(why[0]))}{mend(str(why[0]))}")
 
 
 class _NobodyError(EvaluationError):
