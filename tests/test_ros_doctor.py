@@ -18,9 +18,9 @@ import pytest
 from ros import Sandbox
 
 from hardware.ros2 import doctor, shm
-from hardware.ros2.contract import NODE_TOPICS, robot_topics
+from hardware.ros2.contract import LATCHED, NODE_TOPICS, Topic, message_type, robot_topics
 from hardware.ros2.findings import Check, judge
-from hardware.ros2.profile import load_profile
+from hardware.ros2.profile import Permit, load_profile
 from hardware.ros2.runtime import Ros, packages_mend
 from hardware.ros2.topics import End, Seen, look, node_of, stamp_of
 from robopolicy import cli
@@ -147,6 +147,40 @@ def test_a_gripper_with_joint_states_of_its_own() -> None:
     seen["gripper_state"].joints = ("other",)
     (check,) = [check for check in judge(profile, topics, seen, POLICY) if check.level != "ok"]
     assert f"no {fingers[0]}" in check.found
+
+
+def test_a_permit_that_is_missing_is_named_with_what_a_person_does() -> None:
+    profile = PROFILE.model_copy(update={"permits": {"program": Permit(topic="driver/runs", mend="press play")}})
+    topics = [*robot_topics(profile), *NODE_TOPICS]
+    driver = [End("/driver", "std_msgs/msg/Bool")]
+
+    def found(**seen: Any) -> list[tuple[str, str, str, str]]:
+        robot = healthy() | {topic.key: Seen(f"/{topic.name}") for topic in NODE_TOPICS}
+        robot["permit.program"] = Seen("/driver/runs", **seen)
+        return [tuple(check) for check in judge(profile, topics, robot, POLICY) if check.level != "ok"]  # type: ignore[misc]
+
+    assert found(publishers=driver, said=True) == []
+    says = "permit 'program' says false: the arm is not commanded"
+    assert found(publishers=driver, said=False) == [("/driver/runs", "wrong", says, "press play")]
+    ((_, _, said, mend),) = found(publishers=driver)
+    assert (said, mend) == ("permit 'program' has said nothing: the arm is not commanded", "press play")
+    ((_, _, said, mend),) = found()
+    assert said == "nobody publishes permit 'program': the arm is not commanded"
+    assert "`permits: null`" in mend
+
+
+def test_what_a_latched_permit_said_long_ago_is_seen(ros: Sandbox) -> None:
+    topic = Topic("permit.program", "driver/runs", "std_msgs/msg/Bool", "in", LATCHED, "permit 'program'")
+    with Ros(signals=False) as own, Ros(signals=False) as mine:
+        flag = message_type(topic.type)
+        driver = own.node("driver").create_publisher(flag, topic.name, LATCHED.to_ros())
+        driver.publish(flag(data=False))
+        own.spin_in_thread()
+        node = mine.node("doctor")
+        mine.spin(until=lambda: node.count_publishers("/driver/runs") > 0)
+        seen = look(mine, node, [topic], 0.5, settle=0.1)["permit.program"]
+        assert seen.said is False
+        assert not seen.publishers[0].trouble
 
 
 # ---- this machine --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The policy's node over real ROS: emergency stops and their buttons, second masters, and sensors that say the same for ever."""
+"""The policy's node over real ROS: emergency stops and their buttons, second masters, permits, and sensors that are stuck."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -230,6 +230,66 @@ def test_joint_states_of_ours_from_a_second_node_stop_the_arm_and_those_of_other
     assert not ok
     assert message.startswith("2 nodes say on '/joint_states' where our joints are: ")
     assert "/driver" in message
+
+
+# ---- permits -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def permitted(stand: Stand) -> Iterator[tuple[Stand, Any]]:
+    """Active, by a profile that needs the driver's program to run; and who says whether it does. It has said nothing yet."""
+    profile = stand.folder / "permitted.yaml"
+    profile.write_text("base: virtual\npermits: {program: {topic: driver/runs, mend: press play}}\n")
+    assert stand.rig.to("cleanup")
+    assert stand.rig.set(profile=str(profile)) == []
+    permit = stand.ros.node.create_publisher(Bool, "driver/runs", LATCHED.to_ros())
+    assert stand.rig.to("configure", "activate")
+    yield stand, permit
+    stand.ros.node.destroy_publisher(permit)
+    assert stand.rig.to("deactivate", "cleanup")
+    assert stand.rig.set(profile="virtual") == []
+
+
+def test_an_arm_that_takes_no_commands_is_stopped_and_begins_again_where_it_is(permitted: tuple[Stand, Any]) -> None:
+    """Its program ends, somebody moves it, its program runs again: what was held must not be carried out."""
+    stand, permit = permitted
+    stand.ros.until(lambda: "nothing has come on '/driver/runs'" in stand.diagnosis("node").message, what="diagnostics")
+    for name in ("start", "home"):
+        assert stand.rig.call(name) == (False, "permit 'program': nothing has come on '/driver/runs'; press play")
+    permit.publish(Bool(data=False))
+    says = "permit 'program': '/driver/runs' says false; press play"
+    stand.ros.until(lambda: stand.rig.call("start") == (False, says), what="its word")
+    assert stand.sent() == []
+    permit.publish(Bool(data=True))
+    stand.ros.until(lambda: not stand.rig.node.robot.denied(), what="the permit")  # type: ignore[union-attr]
+    stand.start()
+    stand.rig.mode("running")
+    permit.publish(Bool(data=False))
+    assert stand.rig.mode("stopped")["cause"] == says
+    stand.ros.until(stand.silent, what="the last command")
+    stand.driver.put(joint1=0.15)  # less than `tracking` from what was held
+    count = len(stand.sent())
+    permit.publish(Bool(data=True))
+    stand.ros.until(lambda: not stand.rig.node.robot.denied(), what="the permit")  # type: ignore[union-attr]
+    assert stand.silent()  # a person starts it again
+    assert stand.rig.told[-1]["mode"] == "stopped"
+    assert len(stand.sent()) == count
+    stand.start()
+    stand.ros.until(lambda: len(stand.sent()) > count, what="a command")
+    np.testing.assert_allclose(stand.sent()[count][0], 0.15, atol=0.005)
+
+
+def test_an_arm_that_is_held_is_let_go_when_its_permit_ends(permitted: tuple[Stand, Any]) -> None:
+    """Nothing moves it, and yet it would jump to what is held."""
+    stand, permit = permitted
+    permit.publish(Bool(data=True))
+    stand.ros.until(lambda: not stand.rig.node.robot.denied(), what="the permit")  # type: ignore[union-attr]
+    stand.start()
+    assert stand.rig.call("stop")[0]
+    stand.still()
+    stand.ros.node.destroy_publisher(permit)
+    stand.rig.until(lambda told: told["cause"].startswith("permit 'program': nobody publishes '/driver/runs'; "))
+    stand.ros.until(stand.silent, what="the last command")
 
 
 # ---- stuck sensors -------------------------------------------------------------------------------------------------------------

@@ -108,9 +108,23 @@ def test_qualities_are_those_that_controllers_and_drivers_match() -> None:
     }
 
 
+def test_a_permit_is_a_topic_of_its_own_and_may_be_switched_off(tmp_path: Path) -> None:
+    (topic,) = (topic for topic in robot_topics(load_profile("ur5e")) if topic.key == "permit.program")
+    assert (topic.name, topic.direction) == ("io_and_status_controller/robot_program_running", "in")
+    assert topic.quality.latched
+    (tmp_path / "mock.yaml").write_text("{base: ur5e, permits: null}")
+    assert "permit.program" not in [topic.key for topic in robot_topics(load_profile(tmp_path / "mock.yaml"))]
+    (tmp_path / "safe.yaml").write_text("{base: ur5e, permits: {safety: {topic: permits/safety, latched: false}}}")
+    topics = {topic.key: topic.quality for topic in robot_topics(load_profile(tmp_path / "safe.yaml"))}
+    assert topics["permit.program"].latched
+    assert not topics["permit.safety"].latched
+    assert not topics["permit.safety"].reliable  # hears publishers of any quality
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"permits": {"on": {"topic": "on", "latch": True}}}, "unknown key 'permits.on.latch'"),
         ({"command": {"type": "velocity", "joints": ["a", "b"]}}, "unsafe_velocity: true"),
         ({"command": {"type": "twist", "joints": list(POSE)}}, "unsafe_velocity: true"),
         ({"command": {"type": "pose", "joints": ["a", "b"]}}, "commands x, y, z, rx, ry, rz"),

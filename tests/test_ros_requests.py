@@ -43,7 +43,8 @@ class Node:
         self.problems: Callable[[], list[str]] = list
         self.buttons: dict[bytes, str] = {}  # publishers of the emergency stop
         self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
-        self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), rivals=list, explained=lambda refusal: refusal)
+        arm = {"denied": list, "rivals": list, "explained": lambda refusal: refusal}
+        self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), **arm)
 
     def get_fully_qualified_name(self) -> str:
         return "/node"

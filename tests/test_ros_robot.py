@@ -13,7 +13,8 @@ from ros import Sandbox
 from hardware.ros2 import messages
 from hardware.ros2.contract import LATCHED, SENSOR, SIGNAL, STATE_OUT, message_type, robot_topics
 from hardware.ros2.own import OwnRosRobot
-from hardware.ros2.profile import RosProfile, load_profile
+from hardware.ros2.permits import Word
+from hardware.ros2.profile import Permit, RosProfile, load_profile
 from hardware.ros2.robot import RosRobot
 from hardware.ros2.runtime import Ros, RosClock, RosError
 from robopolicy.deploy.clock import FakeClock
@@ -221,6 +222,102 @@ def test_who_stops_the_arm_is_heard_as_by_the_policy_node(ros: Sandbox) -> None:
             until(lambda: [name for name, _ in heard if name == "mute"], "a second master was not noticed")
             assert heard[-1][1]["why"].startswith("rival: 2 nodes publish on '/forward_position_controller/commands': ")
             driver.node.destroy_publisher(second)
+        finally:
+            robot.close()
+
+
+# ---- permits -----------------------------------------------------------------------------------------------------------------
+
+PERMITTED = PROFILE.model_copy(update={"permits": {"program": Permit(topic="driver/runs", mend="press play")}})
+
+
+def test_a_permit_is_what_every_publisher_that_is_there_says_last() -> None:
+    """And no flicker of it is overlooked by who looks ten times a second."""
+    clock, there = FakeClock(5.0), [b"a"]
+    node = SimpleNamespace(get_publishers_info_by_topic=lambda path: [SimpleNamespace(endpoint_gid=gid) for gid in there])
+    yes, no = (SimpleNamespace(data=value) for value in (True, False))
+
+    def word(**changes: Any) -> Word:
+        return Word("program", Permit(topic="runs", mend="press play", **changes), node, clock)  # type: ignore[arg-type]
+
+    latched = word()
+    assert latched.missing("/runs") == "permit 'program': nothing has come on '/runs'; press play"
+    latched.take(no, b"a")
+    assert latched.missing("/runs") == "permit 'program': '/runs' says false; press play"
+    latched.take(yes, b"a")
+    assert latched.missing("/runs").startswith("permit 'program': '/runs' has just said false; it says true again")
+    clock.sleep_until(7.0)
+    assert latched.missing("/runs") == ""
+    clock.sleep_until(100.0)
+    assert latched.missing("/runs") == "", "it is said on change"
+    there.append(b"b")
+    assert latched.missing("/runs") == "", "who has said nothing forbids nothing"
+    latched.take(no, b"b")
+    clock.sleep_until(102.0)
+    assert "says false" in latched.missing("/runs"), "one is enough"
+    there[:] = [b"a"]
+    assert latched.missing("/runs") == ""
+    there[:] = [b"new"]
+    assert "nothing has come" in latched.missing("/runs"), "a driver that begins anew has not said it"
+    there.clear()
+    assert latched.missing("/runs").startswith("permit 'program': nobody publishes '/runs'; start the driver")
+    there[:] = [b"a"]
+    beats = word(latched=False)
+    beats.take(yes)  # a middleware that does not tell whose it is
+    assert beats.missing("/runs") == ""
+    clock.sleep_until(103.1)
+    assert beats.missing("/runs").startswith("permit 'program': '/runs' has been silent for more than 1 s")
+
+
+def test_without_its_permit_a_robot_is_not_ready_and_begins_nothing(ros: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardware.ros2.permits._SECOND", 0.1)
+    flag = message_type("std_msgs/msg/Bool")
+    with Ros(signals=False) as own:
+        driver = Driver(own, PERMITTED)
+        robot = RosRobot(PERMITTED, own.node("robot"), RosClock())
+        own.spin_in_thread()
+        until(lambda: not robot.problems(), "all but the permit")
+        assert robot.denied()[0].startswith("permit 'program': nobody publishes '/driver/runs'; ")
+        permit = driver.node.create_publisher(flag, "driver/runs", LATCHED.to_ros())
+        permit.publish(flag(data=False))
+        until(lambda: robot.denied() == ["permit 'program': '/driver/runs' says false; press play"], "its false")
+        with pytest.raises(RosError, match=r"not ready after 0\.1 s: permit 'program': '/driver/runs' says false; press play"):
+            robot.ready(timeout=0.1)
+        with pytest.raises(RosError, match="says false"):
+            robot.reset(1)
+        assert driver.seeds == []
+        permit.publish(flag(data=True))
+        robot.ready()
+        late = RosRobot(PERMITTED, robot.node, RosClock())  # a latched word comes to who asks later
+        late.ready()
+        driver.node.destroy_publisher(permit)
+        until(lambda: any("nobody publishes" in line for line in robot.denied()), "its end")
+        shadow = RosRobot(PERMITTED, robot.node, RosClock(), enabled=False)
+        assert shadow.denied() == []  # nothing is sent
+        for each in (robot, late, shadow):
+            each.close()
+        driver.arm.destroy_node()
+
+
+def test_a_permit_that_is_withdrawn_is_heard(ros: Sandbox) -> None:
+    """As by the policy node; until somebody gives it back no episode begins."""
+    flag, heard = message_type("std_msgs/msg/Bool"), list[tuple[str, dict[str, Any]]]()
+    with Ros(signals=False) as other:
+        driver = Driver(other, PERMITTED)
+        permit = driver.node.create_publisher(flag, "driver/runs", LATCHED.to_ros())
+        permit.publish(flag(data=True))
+        other.spin_in_thread()
+        robot = OwnRosRobot(PERMITTED)
+        try:
+            robot.hear(lambda name, **arguments: heard.append((name, arguments)))
+            assert robot.rivals() == []
+            assert heard == []
+            permit.publish(flag(data=False))
+            permit.publish(flag(data=True))  # a flicker
+            until(lambda: heard, "it was not noticed")
+            assert heard[0][0] == "mute"
+            assert heard[0][1]["why"].startswith("permit 'program': '/driver/runs' ")
+            assert robot.rivals()
         finally:
             robot.close()
 

@@ -52,6 +52,8 @@ SIGNAL = Quality(reliable=True)
 LATCHED = Quality(reliable=True, latched=True)
 DIAGNOSTICS = Quality(reliable=True, depth=10)
 
+_WORDS = 10  # of a permit that may wait: a false is heard though a true follows at once
+
 DEADMAN, ESTOP, DIAGNOSTICS_TOPIC = "deadman", "estop", "/diagnostics"
 
 _TYPES = {
@@ -73,7 +75,7 @@ class Topic(NamedTuple):
     """One topic, as the policy node sees it.
 
     Attributes:
-        key: What it is to us: ``state``, ``command``, ``gripper``, ``gripper_state``, ``input.NAME``, ``success``, ...
+        key: What it is to us: ``state``, ``command``, ``gripper``, ``gripper_state``, ``input.NAME``, ``permit.NAME``, ...
         name: Relative (or absolute) name.
         type: Of the messages, as ROS writes it.
         direction: ``in``: we subscribe. ``out``: we publish.
@@ -108,6 +110,9 @@ def robot_topics(profile: RosProfile, inputs: Iterable[str] | None = None) -> tu
         source = profile.inputs[name]
         what = "pose" if source.type == "pose" else "camera"
         topics.append(Topic(f"input.{name}", source.topic, _TYPES[source.type], "in", SENSOR, f"{what} '{name}'"))
+    for name, permit in (profile.permits or {}).items():
+        quality = (LATCHED if permit.latched else SENSOR)._replace(depth=_WORDS)
+        topics.append(Topic(f"permit.{name}", permit.topic, "std_msgs/msg/Bool", "in", quality, f"permit '{name}'"))
     topics.append(Topic("command", command.topic, _COMMANDS[command.type], "out", COMMAND, "what the controller carries out"))
     if gripper is not None and gripper.type == "float64":
         topics.append(Topic("gripper", gripper.topic, "std_msgs/msg/Float64", "out", COMMAND, "the gripper's target, on change"))

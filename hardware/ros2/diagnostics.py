@@ -167,7 +167,7 @@ class Reporter:
         status = None if arbiter is None else arbiter.status
         config = parameters.read(self._node)
         facts = {"checkpoint": config.checkpoint, "profile": config.profile, "drives": config.mode, "estopped": estopped}
-        rivals, doubts = ([], []) if robot is None else (robot.rivals(), robot.doubts())
+        rivals, doubts = ([], []) if robot is None else (robot.rivals(), [*robot.denied(), *robot.doubts()])
         entries = [node(lifecycle, refused, rivals, doubts, facts)]
         if status is not None and deployment is not None and robot is not None:
             slots = [(name, slot.rejected.copy()) for name, slot in robot.slots.items()]  # it may grow meanwhile

@@ -38,7 +38,9 @@ def judge(profile: RosProfile, topics: Iterable[Topic], seen: Mapping[str, Seen]
     for topic in topics:
         entry = seen[topic.key]
         found = [*_quality(topic, entry)]
-        if topic.direction == "in" and topic.key not in ("estop", "deadman"):
+        if topic.key.startswith("permit."):
+            found += _permitted(topic, entry, profile)
+        elif topic.direction == "in" and topic.key not in ("estop", "deadman"):
             found += _source(topic, entry, profile)
         if topic.key in ("command", "gripper"):
             found += _commanded(entry, policy)
@@ -105,6 +107,19 @@ def _source(topic: Topic, entry: Seen, profile: RosProfile) -> list[Check]:
             Check(name, "wrong", found, "mend the names in the profile's state.joints; a prefix, such as left_, is usual")
         )
     return checks
+
+
+def _permitted(topic: Topic, entry: Seen, profile: RosProfile) -> list[Check]:
+    """Without it no start is granted."""
+    assert profile.permits is not None  # the topic is of one
+    mend = profile.permits[topic.key.removeprefix("permit.")].mend
+    if not entry.publishers:
+        mend = "start the driver; `permits: null` in a profile of yours for one that has no such topic"
+        return [Check(entry.name, "wrong", f"nobody publishes {topic.what}: the arm is not commanded", mend)]
+    if entry.said:
+        return []
+    found = "says false" if entry.said is False else "has said nothing"
+    return [Check(entry.name, "wrong", f"{topic.what} {found}: the arm is not commanded", mend)]
 
 
 def _joints(profile: RosProfile) -> dict[str, tuple[str, ...]]:

@@ -45,8 +45,12 @@ class OwnRosRobot(RosRobot):
             raise RosError(f"no message is received any more, the thread of ROS died of {self._ros.fault!r}")
         super().reset(seed)
 
+    def rivals(self) -> list[str]:
+        """As :meth:`robopolicy.robot.RealRobot.rivals`: while a permit is missing it does not begin to move, either."""
+        return [*self.denied(), *super().rivals()]
+
     def hear(self, request: Callable[..., Any]) -> None:
-        """As :meth:`robopolicy.robot.RealRobot.hear`: the topics that the policy node hears, too, and :meth:`rivals`."""
+        """As :meth:`robopolicy.robot.RealRobot.hear`: the topics that the policy node hears, too, second masters and permits."""
         from rclpy.event_handler import SubscriptionEventCallbacks
 
         flag, silent = message_type("std_msgs/msg/Bool"), SubscriptionEventCallbacks(use_default_callbacks=False)
@@ -56,7 +60,9 @@ class OwnRosRobot(RosRobot):
                 request("estop", why=f"topic {ESTOP}")
 
         def look() -> None:
-            if rivals := self.rivals():
+            if denied := self.denied():
+                request("mute", why=denied[0])
+            if rivals := super(OwnRosRobot, self).rivals():
                 request("mute" if self.masters() else "stop", why=f"rival: {rivals[0]}")
 
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises

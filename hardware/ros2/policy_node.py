@@ -264,6 +264,7 @@ class PolicyNode(LifecycleNode):
             self.refuse(f"{fault}; deactivate, cleanup and configure begin another")
         self.requests.look()
         self._watch_rivals()
+        self._watch_permits()
         self._followed = self._commanded.get_subscription_count() > 0
         if self.requests.armed and time.monotonic() >= self._next_step:
             self._autostart()
@@ -284,6 +285,15 @@ class PolicyNode(LifecycleNode):
         elif arbiter.commanded and (rivals := self.robot.rivals()):
             self.get_logger().error(rivals[0])
             self.requests.halt("stop", rivals[0])
+
+    def _watch_permits(self) -> None:
+        """An arm that must not be commanded any more is stopped, and what was held is not sent when it may be again."""
+        arbiter = None if self.deployment is None else self.deployment.arbiter
+        if arbiter is None or self.robot is None or arbiter.silent:
+            return
+        if denied := self.robot.denied():
+            self.get_logger().error(denied[0])
+            self.requests.halt("mute", denied[0])
 
     def report(self) -> None:
         """~/state and diagnostics, now: whoever was answered finds them up to date."""

@@ -159,6 +159,21 @@ class Input(Config):
     stuck: float | None = pydantic.Field(default=1.0, gt=0)
 
 
+class Permit(Config):
+    """A Bool topic that must say true for the arm to be commanded: the driver's, or that of a node of yours.
+
+    Attributes:
+        topic: Of it.
+        latched: Said on change, and to whoever comes later: it holds while its publisher is there. False: said again and again,
+            and a second of silence counts as false.
+        mend: What a person does where it is not true, for the refusal.
+    """
+
+    topic: str
+    latched: bool = True
+    mend: str = "find out why at the robot"
+
+
 class Reset(Config):
     """How a simulated robot begins an episode: its node's parameter takes the seed, its service ``Trigger`` does it."""
 
@@ -197,6 +212,7 @@ class RosProfile(Config):
         command: What the controller takes.
         gripper: None: there is none, or it is one of the command's joints.
         inputs: Cameras and poses by name.
+        permits: What must say true for the arm to be commanded, by name. None: nothing.
         home: Where ``home`` goes: coordinate -> position. None: there is no such place.
         reset: How an episode begins; None: by going home, on real robots.
         success: Bool topic that says whether the goal has been met since the last reset; None: nobody knows.
@@ -211,6 +227,7 @@ class RosProfile(Config):
     command: Command
     gripper: Gripper | None = None
     inputs: dict[str, Input] = {}
+    permits: dict[str, Permit] | None = None
     home: dict[str, float] | None = None
     reset: Reset | None = None
     success: str | None = None

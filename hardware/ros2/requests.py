@@ -93,7 +93,7 @@ class Requests:
             return False, f"the node is {node.lifecycle}; configure and activate it first"
         if (fault := getattr(node.deployment, "fault", None)) is not None and name == "start":
             return False, f"{fault}; deactivate, cleanup and configure begin another"
-        if problems := [*robot.problems(), *robot.rivals()]:
+        if problems := [*robot.problems(), *robot.denied(), *robot.rivals()]:
             return False, problems[0]
         with self._lock:  # who stops now stops what is asked for here
             if self.estopped:

@@ -18,6 +18,7 @@ from hardware.ros2.joints import make_model, near
 from hardware.ros2.kinematics import DHKinematics
 from hardware.ros2.messages import JointReader, read_image, read_pose
 from hardware.ros2.outputs import Outputs, Send
+from hardware.ros2.permits import Word
 from hardware.ros2.profile import POSE, RosProfile
 from hardware.ros2.runtime import RosClock, RosError
 from hardware.ros2.services import ANSWER, TRIGGER, call, client, set_parameter
@@ -64,6 +65,7 @@ class RosRobot:
         self.slots: dict[str, Slot[Any]] = {}
         self._paths: dict[str, str] = {}  # names of topics as resolved, by key
         self._made: list[tuple[Callable[[Any], Any], Any]] = []  # how to undo it, and what
+        self._permits: dict[str, Word] = {}  # by key; of an arm that is commanded
         self._decoder: Decoder | None = None
         self._success = self._said = False  # in this episode; and the last word, whenever it was
         self._success_told = threading.Event()
@@ -75,6 +77,8 @@ class RosRobot:
         self._read_state, self._read_gripper = self._readers()
         self._publishers: dict[str, Any] = {}
         for topic in self.topics:
+            if topic.key.startswith("permit.") and not enabled:
+                continue
             if topic.direction == "in":
                 self._subscribe(topic)
             elif enabled:
@@ -132,11 +136,11 @@ class RosRobot:
         """Begin an episode: by the simulator's service where the profile has one. Else nothing moves, see :attr:`resets`.
 
         Raises:
-            RosError: Somebody else commands the arm, too; a service does not answer or refuses; no message comes after it; or
-                the goal is said to be met already.
+            RosError: A permit is missing; somebody else commands the arm, too; a service does not answer or refuses; no message
+                comes after it; or the goal is said to be met already.
         """
-        if rivals := self.rivals():
-            raise RosError(rivals[0])
+        if refused := [*self.denied(), *self.rivals()]:
+            raise RosError(refused[0])
         how = self.profile.reset
         self._success = False
         if how is not None:
@@ -165,9 +169,9 @@ class RosRobot:
         return None if self.profile.success is None else self._success
 
     def ready(self, timeout: float = READY) -> None:
-        """Wait until everything needed comes and somebody takes the commands. Raises RosError: what is missing, its mend."""
+        """Wait until everything needed comes, permits too, and somebody takes the commands. Raises RosError: what is missing."""
         end = time.monotonic() + timeout
-        while problems := self.problems():
+        while problems := [*self.problems(), *self.denied()]:
             if time.monotonic() > end:
                 raise RosError(f"the robot is not ready after {timeout:g} s: {'; '.join(problems)}")
             time.sleep(_POLL)
@@ -183,6 +187,10 @@ class RosRobot:
             if publisher.get_subscription_count() == 0:
                 found.append(f"nobody listens on '{self._paths[key]}'; activate the controller or driver that does, or remap it")
         return found
+
+    def denied(self) -> list[str]:
+        """Permits that are missing: why, and what a person does. While there is one, the arm must not be commanded."""
+        return [line for key, word in self._permits.items() if (line := word.missing(self._paths[key]))]
 
     def rivals(self) -> list[str]:
         """Second masters: somebody else who commands, or measures our joints or an input. An arm would jump between them.
@@ -297,6 +305,11 @@ class RosRobot:
     def _subscribe(self, topic: Topic) -> None:
         if topic.key == "success":
             callback: Send = self._told
+        elif topic.key.startswith("permit."):
+            name = topic.key.removeprefix("permit.")
+            assert self.profile.permits is not None  # the topic is of one
+            word = self._permits[topic.key] = Word(name, self.profile.permits[name], self.node, self.clock)
+            callback = with_origin(word.take)
         else:
             name = topic.key.removeprefix("input.")
             source = None if topic.key in _MEASURED else self.profile.inputs[name]

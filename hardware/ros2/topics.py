@@ -46,6 +46,7 @@ class Seen:
         largest: Message [bytes].
         joints: Names in the last message of joint states.
         mad: Messages of joint states with a position that is no number.
+        said: The last Bool of a permit; None: none came.
         speakers: Publishers whose messages came and that are still there: their nodes, and the joints of joint states.
     """
 
@@ -58,6 +59,7 @@ class Seen:
     largest: int = 0
     joints: tuple[str, ...] = ()
     mad: int = 0
+    said: bool | None = None
     speakers: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
     @property
@@ -118,6 +120,7 @@ def _listen(node: Any, topic: Topic, entry: Seen, heard: dict[bytes, tuple[str, 
     from rclpy.serialization import deserialize_message
 
     kind = message_type(topic.type)
+    permit = topic.key.startswith("permit.")
     stamped, joints = topic.type.rpartition("/")[2] in _STAMPED, topic.type.endswith("/JointState")
 
     def came(raw: bytes, origin: bytes | None) -> None:
@@ -128,6 +131,8 @@ def _listen(node: Any, topic: Topic, entry: Seen, heard: dict[bytes, tuple[str, 
         entry.largest = max(entry.largest, len(raw))
         if stamped and (made := stamp_of(raw)) is not None:
             entry.ages.append(time.time() - made)
+        if permit:
+            entry.said = bool(deserialize_message(raw, kind).data)
         if joints:
             message = deserialize_message(raw, kind)
             entry.joints = tuple(message.name)
@@ -136,6 +141,8 @@ def _listen(node: Any, topic: Topic, entry: Seen, heard: dict[bytes, tuple[str, 
             heard[origin] = tuple(message.name) if joints else ()
 
     quality = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
+    if permit:  # a latched word comes to those that ask for it
+        quality = topic.quality.to_ros()
     return node.create_subscription(kind, entry.name, with_origin(came), quality, raw=True)
 
 
