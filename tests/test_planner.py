@@ -131,6 +131,22 @@ def test_settled_rows_come_out_near_what_they_were(kind: str) -> None:
         assert settled < 1e-5
 
 
+@pytest.mark.parametrize("family", [{}, DIFFUSION], ids=["flow", "diffusion"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_the_identity_jacobian_never_moves_settled_rows_past_the_old_chunk(family: dict[str, Any], steps: int) -> None:
+    sampler = {**family.get("sampler", {"type": "euler"}), "num_steps": steps}
+    made, before = policy(**{**family, "sampler": sampler}), previous([8, 8, 8])
+    identity = {"type": "rtc", "jacobian": "identity"}
+    if steps == 1:
+        with pytest.raises(ConfigError, match=r"5 times the way to the old chunk"):
+            make_planner(identity, made)
+        identity |= {"limit": 1.0}
+    plain = make_planner("plain", made).plan(seen(), None, 0, generators())
+    planned = make_planner(identity, made).plan(seen(), before, 4, generators())
+    ended, unmoved = (np.abs(chunk - before.actions)[:, :4].mean((1, 2)) for chunk in (planned, plain))
+    assert (ended < 0.5 * unmoved).all()
+
+
 def test_a_one_step_policy_finds_the_noise_of_what_is_carried_out() -> None:
     """The chunk that is carried out came from some noise; the planner comes near to it, and stays within the policy's range."""
     made = policy(sampler={"type": "euler", "num_steps": 1}, std=0.3)

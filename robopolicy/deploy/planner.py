@@ -31,9 +31,12 @@ from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Field
 from robopolicy.generative.losses import staircase
 from robopolicy.generative.path import Pred, broadcast_time
-from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, residual_gradient, soft_mask
+from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, identity_pull, residual_gradient, soft_mask
 from robopolicy.generative.sampler import Generators, Sampler, clip_pred, randn
 from robopolicy.policy import Observations, Policy
+
+
+_PULL = 1.5  # of the way to the old chunk, at most, in the last call: at 2 a row ends on the other side, as far as it was
 
 
 class Planner(ABC):
@@ -166,6 +169,12 @@ class RTC(Planner):
     def __init__(self, policy: Policy, config: RTC.Config | None = None) -> None:
         super().__init__(policy)
         self.config = config or RTC.Config()
+        last = policy.sampler.times(policy.path)[-2]  # what is seen there is the chunk, and nothing corrects it
+        if self.config.jacobian == "identity" and (pull := identity_pull(policy.path, last, self.config.limit)) > _PULL:
+            raise ConfigError(
+                f"planner 'rtc' with jacobian identity: the last call of this sampler ({policy.sampler.nfe(policy.path)} in all) "
+                f"would move rows {pull:.3g} times the way to the old chunk, past it, and no later one corrects that; use rtc as it is"
+            )
         if type(policy.sampler).sample is not Sampler.sample:
             self._try()
 
