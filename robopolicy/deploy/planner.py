@@ -35,7 +35,6 @@ from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, identity_p
 from robopolicy.generative.sampler import Generators, Sampler, clip_pred, randn
 from robopolicy.policy import Observations, Policy
 
-
 _PULL = 1.5  # of the way to the old chunk, at most, in the last call: at 2 a row ends on the other side, as far as it was
 
 
@@ -173,7 +172,7 @@ class RTC(Planner):
         if self.config.jacobian == "identity" and (pull := identity_pull(policy.path, last, self.config.limit)) > _PULL:
             raise ConfigError(
                 f"planner 'rtc' with jacobian identity: the last call of this sampler ({policy.sampler.nfe(policy.path)} in all) "
-                f"would move rows {pull:.3g} times the way to the old chunk, past it, and no later one corrects that; use rtc as it is"
+                f"would move rows {pull:.3g} times the way to the old chunk, and no later one corrects that; use rtc as it is"
             )
         if type(policy.sampler).sample is not Sampler.sample:
             self._try()
