@@ -42,7 +42,8 @@ class Planner(ABC):
     """Plans for ``B`` robots at once.
 
     Attributes:
-        calls: Evaluations of the network, backward passes among them, that the last plan took for one robot.
+        calls: Evaluations of networks, of all parents of a composition, backward passes among them, that the last plan took for
+            one robot.
     """
 
     needs_previous: ClassVar[bool] = True
@@ -108,7 +109,7 @@ class Planner(ABC):
     ) -> Tensor:
         """:meth:`robopolicy.policy.Policy.walk`, and count the calls."""
         result = self.policy.walk(x, ctx, generator, field=field, times=times)
-        self.calls += result.nfe
+        self.calls += self.policy.networks * result.nfe
         return result.x0
 
     def _noise(self, batch: int, generator: Generators) -> Tensor:
@@ -232,7 +233,7 @@ class RTC(Planner):
             better = (cost(sample) < best)[:, None, None]
             z, chunk = torch.where(better, moved, z), torch.where(better, sample, chunk)
             best = torch.minimum(best, cost(sample))
-            self.calls += 2
+            self.calls += 2 * self.policy.networks
         return chunk
 
     def _onward(self, x: Tensor, t: Tensor, ctx: Tensor) -> Pred:
@@ -383,7 +384,7 @@ class Streaming(Planner):
         for t, u in itertools.pairwise(times):
             seen = clip_pred(path, self.policy.field(x, t.to(x.dtype), ctx), x, t, self.policy.sampler.clip)
             x = self.policy.sampler.step(path, seen, x, t, u).sample(generator)
-            self.calls += 1
+            self.calls += self.policy.networks
         alpha, sigma = (broadcast_time(value, x) for value in path.coefficients(times[-1]))
         clean = torch.where(sigma > 0, seen.x0, x)
         eps = torch.where(sigma > 0, (x - alpha * clean) / sigma.clamp_min(1e-9), seen.eps)
@@ -428,7 +429,7 @@ class BID(Planner):
         if self.config.contrast:
             ones = torch.ones(len(many), device=ctx.device, dtype=start.dtype)
             weak = self.policy.field(start, ones, many, torch.zeros_like(ones)).x0.unflatten(0, (batch, n))
-            self.calls += n
+            self.calls += n * self.policy.networks
             near, far = (_nearest(chunks, incoherence(chunks), self.config.keep) for chunks in (strong, weak))
             loss = loss + self.config.contrast * (_distance(strong, near) - _distance(strong, far))
         return strong[torch.arange(batch, device=ctx.device), loss.argmin(1)]
