@@ -25,7 +25,6 @@ import torch
 
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.distill.report import MARGIN, non_inferiority
-from robopolicy.distill.teacher import networks
 from robopolicy.evaluate.commands import override_steps, scale
 from robopolicy.evaluate.paired import compare
 from robopolicy.evaluate.record import Evaluation, load_evaluation, write_json
@@ -117,7 +116,7 @@ def main() -> None:
         against = compare([evaluations["teacher"], done])
         verdict = "" if name == "teacher" else non_inferiority(against).partition(":")[0]
         difference = "" if name == "teacher" else against.pairs[0].success.signed()
-        calls = networks(policies[name]) * policies[name].sampler.nfe(policies[name].path)
+        calls = policies[name].nfe
         print(
             f"{name:24} {calls:5} {done.success!s:24} {done.max_reward!s:24} {difference:26} "
             f"{times[name][0]:7.2f} {times[name][1]:7.2f}  {verdict}"

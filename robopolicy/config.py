@@ -20,9 +20,10 @@ from robopolicy.errors import ConfigError, nearest
 
 
 class Config(pydantic.BaseModel):
-    """Base of all configuration models: unknown keys are errors, types are not coerced silently, values do not change."""
+    """Base of all configuration models: unknown keys are errors, types are not coerced silently, values do not change, and
+    numbers are finite: NaN answers every comparison with no, so a limit of NaN is none."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from robopolicy.errors import DataError
 
 DTYPES = ("float32", "float64", "uint8", "uint16", "int8", "int16", "int32", "int64", "bool")
@@ -81,3 +83,23 @@ class Feature:
             )
         except (TypeError, ValueError) as error:
             raise DataError(f"feature '{name}': declaration {dict(value)} does not parse ({error})") from error
+
+
+def check_batch(rows: Mapping[str, int]) -> None:
+    """Raise DataError unless all observations of a batch, by name, have as many rows as the first."""
+    first = next(iter(rows), "")
+    for name, count in rows.items():
+        if count != rows[first]:
+            raise DataError(
+                f"observation '{name}' is of a batch of {count}, '{first}' of {rows[first]}; give one row for each robot"
+            )
+
+
+def bad_actions(actions: np.ndarray, largest: Mapping[str, float]) -> DataError:
+    """What is wrong where a policy answers with NaN or infinity; ``largest``: of each observation, the largest entry."""
+    row = int(np.argmin(np.isfinite(actions).reshape(len(actions), -1).all(1)))
+    name = max(largest, key=lambda name: largest[name])
+    return DataError(
+        f"the policy answers row {row} of the batch with NaN or infinity: its training diverged (take an earlier checkpoint), or "
+        f"it sees what is far from all that it was trained on (the largest: {largest[name]:.3g} in '{name}'; check that sensor)"
+    )

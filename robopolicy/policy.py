@@ -22,7 +22,7 @@ from robopolicy.config import Config, component, full, parse
 from robopolicy.data.actions import ActionConfig, ActionTransform
 from robopolicy.data.normalize import Mode, Normalizer
 from robopolicy.errors import CheckpointError, ConfigError, DataError, nearest
-from robopolicy.features import Feature
+from robopolicy.features import Feature, bad_actions, check_batch
 from robopolicy.generative.fields import Field, Leaf, Switched
 from robopolicy.generative.losses import LossConfig, denoising_loss
 from robopolicy.generative.path import PATHS, Kind, Pred
@@ -164,6 +164,16 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
+    @property
+    def networks(self) -> int:
+        """Networks that one evaluation of its field asks: more than one for a composed policy."""
+        return 1
+
+    @property
+    def nfe(self) -> int:
+        """Network calls for a chunk."""
+        return self.networks * self.sampler.nfe(self.path)
+
     def normalizer(self, name: str) -> Normalizer:
         """The normaliser of a vector observation, or of the transformed ``"action"``."""
         module = self.normalizers[name]
@@ -263,14 +273,19 @@ class Policy(nn.Module):
             ``[B, n_action_steps, A]`` float32 in the action feature's units.
 
         Raises:
-            DataError: A feature is missing, has the wrong shape, or is not finite.
+            DataError: A feature is missing, has the wrong shape, or is not finite; or the actions are not.
         """
         tensors = self.observe(obs)
-        return self.decode(self.sample(self.encode(tensors), generator), tensors)
+        actions = self.decode(self.sample(self.encode(tensors), generator), tensors)
+        if not np.isfinite(actions).all():
+            raise bad_actions(actions, {name: float(value.float().abs().max()) for name, value in tensors.items()})
+        return actions
 
     def observe(self, obs: Observations) -> dict[str, Tensor]:
         """The observations that the policy needs, checked, on its device. Raises as :meth:`act`."""
-        return {name: self._observed(obs, name) for name in self.observation_features}
+        tensors = {name: self._observed(obs, name) for name in self.observation_features}
+        check_batch({name: len(value) for name, value in tensors.items()})
+        return tensors
 
     @property
     def executed(self) -> slice:

@@ -17,9 +17,11 @@ from robopolicy.bench import loop
 from robopolicy.bench.latency import measure, stages
 from robopolicy.bench.machine import busy, machine
 from robopolicy.bench.samples import histogram, summarize
+from robopolicy.compose.policy import compose
 from robopolicy.deploy.clock import Clock
 from robopolicy.deploy.export import export
 from robopolicy.deploy.interpolate import InterpolationConfig, RotationColumns
+from robopolicy.deploy.planner import make_planner
 from robopolicy.deploy.safety import Stamp
 from robopolicy.errors import EvaluationError
 from robopolicy.features import Feature
@@ -113,7 +115,10 @@ def test_the_verb_measures_checkpoints_and_exports(tmp_path: Path, capsys: pytes
     arguments = ["bench", "latency", str(checkpoint), "--backend", "torch", "onnx", "--steps", "1", "2", "--calls", "20"]
     assert cli.main([*arguments, "--out", str(out), "--load", "1"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("p99.9", "torch, 1 network call ", "onnx, 2 network calls", "decode", "load"))
+    assert all(
+        word in printed
+        for word in ("p99.9", "torch, 1 network call ", "onnx, 2 network calls", "decode", "load", "eval --delay TICKS")
+    )
     document = json.loads((out / "latency.json").read_text())
     assert len(document["milliseconds"]) == 4
     row = document["milliseconds"]["onnx, 1 network call"]["whole"]
@@ -170,7 +175,10 @@ def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.Captu
     for actor, more in ((checkpoint, []), (folder, []), (folder, ["--process"])):
         assert cli.main(["bench", "loop", str(actor), *options, *more, "--out", str(tmp_path / "out")]) == 0
         printed = capsys.readouterr().out
-        assert all(word in printed for word in ("lateness", "age", "inference", "missed", "starved", "jump"))
+        assert all(
+            word in printed
+            for word in ("lateness", "age", "inference", "missed", "starved", "jump", "jerk         RMS", "safety  ", "running")
+        )
         document = json.loads((tmp_path / "out" / "loop.json").read_text())
         report = document["report"]
         assert document["settings"]["inference"] == ("process" if more else "thread")
@@ -181,11 +189,58 @@ def test_the_verb_measures_the_control_loop(tmp_path: Path, capsys: pytest.Captu
         assert (tmp_path / "out" / "loop.png").exists()
     assert cli.main(["bench", "loop", str(folder), *options, "--seconds", "0.02"]) == 2
     assert "1 periods are too few to measure; give more --seconds" in capsys.readouterr().err
-    for setting in ("--seconds", "--rate"):
-        assert cli.main(["bench", "loop", str(folder), *options, setting, "0"]) == 2
-        assert f"{setting} 0 is too little" in capsys.readouterr().err
     assert cli.main(["bench", "loop", str(folder), *options, "--planner", "rtc"]) == 2
     assert "an export has no planner 'rtc'" in capsys.readouterr().err
+    settings = ["--planner", "{type: rti, t_start: 0.8}", "--executor", "{type: ensemble, m: 0.1}"]
+    assert cli.main(["bench", "loop", str(checkpoint), *options, *settings, "--out", str(tmp_path / "out")]) == 0
+    document = json.loads((tmp_path / "out" / "loop.json").read_text())
+    assert document["settings"]["planner"] == {"type": "rti", "t_start": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--planner", "nope"], "unknown planner 'nope'"),
+        (["--planner", "{type: rti, t_strat: 0.8}"], "did you mean 't_start'"),
+        (["--executor", "nope"], "unknown executor 'nope'"),
+        (["--limits", "nope"], "no preset of safety limits 'nope'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(option: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "loop", "no/such/policy", *option]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["latency", "loop"])
+@pytest.mark.parametrize("option", ["--seconds", "--rate", "--load"])
+@pytest.mark.parametrize("value", ["-3", "nan", "inf", "0"])
+def test_numbers_that_measure_nothing_are_refused(kind: str, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if (option, value) == ("--load", "0"):
+        return
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", kind, "no/such/policy", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_network_calls_are_those_of_all_parents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = compose([compose([policy(**SETTINGS), policy(**SETTINGS)]), policy(**SETTINGS)])
+    calls = 3 * made.sampler.nfe(made.path)
+    assert cli.main(["bench", "latency", str(made.save(tmp_path / "made")), "--backend", "torch", "onnx", "--calls", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch, {calls} network calls" in printed
+    assert f"onnx, {calls} network calls" in printed
+    assert export(made, tmp_path / "export", "onnx").manifest.nfe == made.nfe == calls
+    planner = make_planner("plain", made)
+    planner.plan(observations(1), None, 0, torch.Generator().manual_seed(0))
+    assert planner.calls == calls
+
+
+def test_steps_that_a_head_never_learnt_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    provenance = {"teacher": "x", "method": {"type": "same_noise"}, "task": {"name": "toys:Dot", "args": {}}}
+    head = policy(**{**SETTINGS, "sampler": {"type": "euler", "num_steps": 1}}).save(tmp_path / "head", provenance)
+    assert cli.main(["bench", "latency", str(head), "--steps", "1", "2", "--calls", "5"]) == 2
+    assert "its network knows t = 1, and this sampler asks it at 0.5" in capsys.readouterr().err
 
 
 class Handed(Still):

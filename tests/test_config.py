@@ -46,6 +46,8 @@ def test_a_full_config_survives_a_round_trip_through_yaml() -> None:
         ({"name": "a", "inner": {"width": "8"}}, "key 'inner.width'"),
         ({"name": "a", "inner": {"width": 8.0}}, "key 'inner.width'"),
         ({"name": "a", "inner": {"rate": "fast"}}, "key 'inner.rate'"),
+        ({"name": "a", "inner": {"rate": float("nan")}}, "key 'inner.rate': Input should be a finite number"),
+        ({"name": "a", "inner": {"rate": float("inf")}}, "key 'inner.rate': Input should be a finite number"),
         ({"name": "a", "inner": 3}, "key 'inner'"),
         ({}, "key 'name' is required"),
         ({"name": 3}, "key 'name'"),

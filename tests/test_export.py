@@ -202,9 +202,20 @@ def test_bad_observations_are_refused_as_the_checkpoint_refuses_them(tmp_path: P
         exported.act({name: value for name, value in obs.items() if name != "speed"}, noise)
     with pytest.raises(DataError, match="has shape"):
         exported.act({**obs, "speed": obs["speed"][:, :1]}, noise)
+    with pytest.raises(DataError, match="'speed' is of a batch of 2"):
+        exported.act({**obs, "speed": np.repeat(obs["speed"], 2, axis=0)}, noise)
     obs["speed"][0, 0, 0] = np.nan
     with pytest.raises(DataError, match="NaN"):
         exported.act(obs, noise)
+
+
+def test_actions_that_are_no_numbers_are_refused_as_the_checkpoint_refuses_them(tmp_path: Path) -> None:
+    made, obs = policy(**CASES["edm, x0"]), observations(2)
+    exported = export(made, tmp_path / "export", "onnx")
+    obs["speed"][1, 0, 0] = 3e38
+    for actor in (made, exported):
+        with pytest.raises(DataError, match=r"answers row 1 .* 3e\+38 in 'speed'"):
+            actor.act(obs, torch.Generator().manual_seed(0))
 
 
 def test_the_manifest_says_what_a_robot_must_know(tmp_path: Path) -> None:
@@ -357,7 +368,7 @@ def test_same_success_on_the_same_seeds(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "export"
     assert cli.main(["export", str(checkpoint), "--to", "onnx", "--out", str(out), "--batch", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "6 calls of the field" in printed
+    assert "6 network calls per chunk" in printed
     assert "parity" in printed
     arguments = ["compare", str(checkpoint), str(out), "--episodes", "40", "--num-envs", "20", "--out", str(tmp_path / "cmp")]
     assert cli.main(arguments) == 0

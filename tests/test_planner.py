@@ -18,6 +18,7 @@ from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
 from robopolicy.deploy.chunk import Previous
 from robopolicy.deploy.delayed import evaluate_delayed, replan_interval
+from robopolicy.deploy.export import export
 from robopolicy.deploy.planner import BID, PLANNERS, RTI, Planner, Streaming, make_planner
 from robopolicy.errors import ConfigError, EvaluationError
 from robopolicy.evaluate.record import load_evaluation
@@ -129,6 +130,22 @@ def test_settled_rows_come_out_near_what_they_were(kind: str) -> None:
     assert settled < 0.35 * np.abs(plain - before.actions)[:, :4].mean()
     if kind == "rtc_trained":
         assert settled < 1e-5
+
+
+@pytest.mark.parametrize("family", [{}, DIFFUSION], ids=["flow", "diffusion"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_the_identity_jacobian_never_moves_settled_rows_past_the_old_chunk(family: dict[str, Any], steps: int) -> None:
+    sampler = {**family.get("sampler", {"type": "euler"}), "num_steps": steps}
+    made, before = policy(**{**family, "sampler": sampler}), previous([8, 8, 8])
+    identity = {"type": "rtc", "jacobian": "identity"}
+    if steps == 1:
+        with pytest.raises(ConfigError, match=r"5 times the way to the old chunk"):
+            make_planner(identity, made)
+        identity |= {"limit": 1.0}
+    plain = make_planner("plain", made).plan(seen(), None, 0, generators())
+    planned = make_planner(identity, made).plan(seen(), before, 4, generators())
+    ended, unmoved = (np.abs(chunk - before.actions)[:, :4].mean((1, 2)) for chunk in (planned, plain))
+    assert (ended < 0.5 * unmoved).all()
 
 
 def test_a_one_step_policy_finds_the_noise_of_what_is_carried_out() -> None:
@@ -345,7 +362,7 @@ def test_rows_are_carried_out_at_their_time_whatever_the_delay(delay: int, monke
     normalizers = {name: Normalizer.fit(np.random.default_rng(0).normal(size=(9, n))) for name, n in (("x", 2), ("action", 1))}
     made = Policy(config, features, Feature("action", (1,)), normalizers)
     clockwork = _Clockwork(made)
-    monkeypatch.setattr("robopolicy.deploy.delayed.make_planner", lambda *_: clockwork)
+    monkeypatch.setattr("robopolicy.deploy.delayed.planner_of", lambda *_: clockwork)
     spec = TaskSpec("toys:Script", {"max_episode_steps": 30})
     said: dict[str, list[float]] = {}
     monkeypatch.setattr(
@@ -394,6 +411,44 @@ def test_the_eval_verb_injects_a_delay(tmp_path: Path, capsys: pytest.CaptureFix
     assert (figures["delay"], figures["planner"]) == (2, {"type": "rtc"})
     assert main([*command, "--executor", "rtcc"]) == 2
     assert "did you mean 'rtc'" in capsys.readouterr().err
+
+
+def test_exports_bear_a_delay_where_plans_know_of_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, origin = policy(), {"task": {"name": "toys:Dot", "args": {}}}
+    made.save(tmp_path / "policy", origin)
+    export(made, tmp_path / "onnx", "onnx", checkpoint=tmp_path / "policy")
+    figures = []
+    for folder in ("policy", "onnx"):
+        command = ["eval", str(tmp_path / folder), "--delay", "2", "--episodes", "3", "--out", str(tmp_path / "out")]
+        for executor in ("latest", "pause", "{type: ensemble, m: 0.1}"):
+            assert main([*command, "--executor", executor]) == 0
+            figures.append(json.loads((tmp_path / "out" / "realtime.json").read_text()))
+    for ours, theirs in zip(figures[:3], figures[3:], strict=True):
+        assert theirs == {k: v if isinstance(v, dict) else pytest.approx(v, rel=1e-2) for k, v in ours.items()}
+    capsys.readouterr()
+    assert main([*command, "--executor", "rti"]) == 2
+    assert "use pause, latest or ensemble, or the checkpoint behind it" in capsys.readouterr().err
+
+
+def test_rti_of_a_head_that_knows_other_times_only_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = {"teacher": "x", "method": {"type": "same_noise"}}
+    task = {"task": {"name": "toys:Dot", "args": {}}}
+    one = policy(sampler={"type": "euler", "num_steps": 1})
+    one.save(tmp_path / "head", {**head, **task})
+    parents = [{"checkpoint": "a", "provenance": {}}, {"checkpoint": "b", "provenance": head}]
+    compose([one, one]).save(tmp_path / "composed", {"parents": parents, **task})
+    policy().save(tmp_path / "teacher", task)
+    for folder, executor, said in (
+        ("head", "{type: rti, steps: 1}", "at t = 0.7, and its network was distilled for t = 1 only"),
+        ("head", "{type: rti, steps: 1, t_start: 1.0}", ""),
+        ("head", "rtc", ""),
+        ("composed", "rti", "at t = 0.7, 0.467, 0.233, and"),
+        ("teacher", "rti", ""),
+    ):
+        assert main(["eval", str(tmp_path / folder), "--delay", "1", "--episodes", "2", "--executor", executor]) == 0
+        notes = [line for line in capsys.readouterr().err.splitlines() if "note:" in line]
+        assert len(notes) == bool(said)
+        assert said in "".join(notes)
 
 
 @pytest.mark.parametrize(

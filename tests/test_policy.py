@@ -100,6 +100,8 @@ def test_relative_actions_move_with_their_reference() -> None:
         (lambda obs: obs.update(speed=obs["speed"][:, :1]), r"observation 'speed' has shape \(3, 1, 2\)"),
         (lambda obs: obs.update(camera=obs["camera"][..., :1]), "observation 'camera' has shape"),
         (lambda obs: obs["speed"].__setitem__((1, 0, 1), np.nan), "observation 'speed' holds NaN or infinity"),
+        (lambda obs: obs.update(speed=obs["speed"][:2]), "'speed' is of a batch of 2, 'position' of 3"),
+        (lambda obs: obs["speed"].__setitem__((1, 0, 1), 3e38), r"answers row 1 .* NaN or infinity.* 3e\+38 in 'speed'"),
     ],
 )
 def test_observations_that_do_not_fit_are_refused(change: Callable[[dict], Any], expected: str) -> None:

@@ -1,16 +1,20 @@
 """The safety filter: no output breaks a limit whatever comes in, every step does its work, and good commands are followed."""
 
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torture import SETUPS, Judge, torture
 
+from robopolicy.config import parse
 from robopolicy.deploy.limits import SafetyLimits, load_limits
 from robopolicy.deploy.motion import Motion
 from robopolicy.deploy.safety import Mode, Reason, Result, SafetyFilter, Stamp
@@ -195,6 +199,30 @@ def test_a_command_that_is_none_holds_the_arm(command: Any) -> None:
     arm_.run([0.14, 0.14], 20)
     assert arm_(command).mode is Mode.HOLDING
     assert arm_.ends_still()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [[None, 0.0], ["a", "b"], "ab", [10**400, 0], np.array([1j, 0.0]), [[0.0], [0.0, 0.0]], object(), [True, False]],
+    ids=str,
+)
+@pytest.mark.parametrize("who", ["state", "command"])
+def test_what_is_no_number_holds_the_arm_like_nan(who: str, bad: Any) -> None:
+    arm_ = Arm()
+    arm_.run([0.14, 0.14], 20)
+    arm_.now += DT
+    inputs = {"state": arm_.out, "command": np.array([0.14, 0.14]), who: bad}
+    result = arm_.filter(arm_.now, stamps={"state": Stamp(arm_.now)}, velocity=bad, **inputs)
+    assert (result.mode, kinds(result)) == (Mode.HOLDING, [f"{who}_not_finite"])
+    other = SafetyFilter(limits())
+    assert [reason.kind for reason in other.start(bad, Stamp(0.0), 0.0)] == ["state_not_finite"]
+
+
+def test_a_velocity_that_is_no_number_is_not_followed() -> None:
+    arm_, other = Arm(), Arm()
+    for each, velocity in ((arm_, ["a", None]), (other, None)):
+        each.run([0.14, 0.14], 20, velocity=velocity)
+    np.testing.assert_array_equal(arm_.out, other.out)
 
 
 @pytest.mark.parametrize(
@@ -636,6 +664,66 @@ def test_errors_say_how_to_mend_the_limits(tmp_path: Any) -> None:
         SafetyFilter(load_limits("arm"))
     with pytest.raises(ConfigError, match=r"unknown key 'scale\.speed'"):
         load_limits("arm", scale={"speed": 0.5})
+
+
+def every_limit() -> dict[str, Any]:
+    """Limits of one coordinate in which no number is left out."""
+    box = {"lower": [-1.0, -1.0, -1.0], "upper": [1.0, 1.0, 1.0], "table": 0.0}
+    freshness = {"inputs": {"front": 0.5}, "deadman": 0.5}
+    coordinate = {"name": "a", "lower": -1.0, "upper": 1.0, "velocity": 2.0, "acceleration": 10.0, "jerk": 200.0}
+    made = parse(SafetyLimits, {"coordinates": [coordinate], "workspace": box, "freshness": freshness})
+    return made.model_dump(mode="json")
+
+
+def numbers(value: Any, *at: Any) -> Iterator[tuple[Any, ...]]:
+    """Where numbers stand in a document; one that holds nothing somewhere would hide some."""
+    if isinstance(value, dict | list):
+        assert value
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(entry, *at, key)
+    else:
+        assert isinstance(value, str | float)
+        if isinstance(value, float):
+            yield at
+
+
+@pytest.mark.parametrize("at", numbers(every_limit()), ids=lambda at: ".".join(map(str, at)))
+def test_no_limit_is_nan_or_infinite(at: tuple[Any, ...], tmp_path: Path) -> None:
+    """NaN answers every comparison with no, so a limit of NaN would be none."""
+    for bad in (math.nan, math.inf, -math.inf):
+        document = every_limit()
+        place = functools.reduce(lambda part, key: part[key], at[:-1], document)
+        place[at[-1]] = bad
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(document))
+        with pytest.raises(ConfigError, match=at[-1] if isinstance(at[-1], str) else at[-2]):
+            load_limits(tmp_path / "x.yaml")
+
+
+def test_an_input_must_be_given_time() -> None:
+    for limit in (0.0, -1.0):
+        with pytest.raises(ConfigError, match=r"freshness\.inputs\.front"):
+            parse(SafetyLimits, {**every_limit(), "freshness": {"inputs": {"front": limit}}})
+
+
+def test_kinematics_that_answer_nan_let_nothing_through() -> None:
+    class Broken(CartesianKinematics):
+        broken = False
+
+        def points(self, coordinates: np.ndarray) -> np.ndarray:
+            return np.full((1, 3), np.nan) if self.broken else super().points(coordinates)
+
+    joint = {"lower": -1.0, "upper": 1.0, "velocity": 2.0, "acceleration": 10.0, "jerk": 200.0}
+    box = {"lower": [-0.5] * 3, "upper": [0.5] * 3}
+    bounds = parse(SafetyLimits, {"coordinates": [{"name": name, **joint} for name in "xyz"], "workspace": box})
+    safety = SafetyFilter(bounds, kinematics := Broken(3))
+    kinematics.broken = True
+    assert [reason.kind for reason in safety.start(np.zeros(3), Stamp(0.0), 0.0)] == ["start_outside"]
+    kinematics.broken = False
+    assert safety.start(np.zeros(3), Stamp(0.0), 0.0) == ()
+    kinematics.broken = True
+    for tick in range(1, 100):
+        result = safety(tick * DT, safety.set_point, np.full(3, 0.1), stamps={"state": Stamp(tick * DT)})
+    np.testing.assert_array_equal(result.executed, np.zeros(3))
 
 
 def test_cartesian_kinematics_are_the_first_three_coordinates() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robopolicy.errors import EvaluationError
-from robopolicy.evaluate.commands import count
+from robopolicy.evaluate.commands import count, natural, positive
 
 if TYPE_CHECKING:
     from robopolicy.deploy.exported import ExportedPolicy
@@ -45,9 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--threads", type=count, default=1, help="of the network (default 1)")
     latency.add_argument("--batch", type=count, default=1, help="observations at once (default 1)")
     latency.add_argument("--calls", type=count, default=2000, help="of each contestant, after 50 warm-ups (default 2000)")
-    latency.add_argument("--seconds", type=float, help="stop after so long, with however many calls there are then")
-    latency.add_argument("--rate", type=float, metavar="HZ", help="start calls at this rate (default: one after the other)")
-    latency.add_argument("--load", type=int, default=0, metavar="N", help="busy processes beside it (default 0)")
+    latency.add_argument("--seconds", type=positive, help="stop after so long, with however many calls there are then")
+    latency.add_argument("--rate", type=positive, metavar="HZ", help="start calls at this rate (default: one after the other)")
+    latency.add_argument("--load", type=natural, default=0, metavar="N", help="busy processes beside it (default 0)")
     latency.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/bench/latency)")
     loop = kinds.add_parser(
         "loop",
@@ -61,13 +62,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--task-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the task; repeatable")
     loop.add_argument("--robot", default="sim.arm.robot:SimArm", metavar="CLASS", help="(default sim.arm.robot:SimArm)")
     loop.add_argument("--limits", default="arm", metavar="NAME|FILE", help="of the safety filter (default arm)")
-    loop.add_argument("--planner", default="plain", help="plain, rtc, rti, ... (default plain)")
+    loop.add_argument(
+        "--planner",
+        default="plain",
+        metavar="NAME|YAML",
+        help="plain, rtc, rti, ..., or one with settings, '{type: rti, t_start: 0.8}' (default plain)",
+    )
     loop.add_argument("--process", action="store_true", help="infer in a process of its own instead of a thread")
-    loop.add_argument("--executor", default="latest", help="latest, ensemble or receding (default latest)")
-    loop.add_argument("--rate", type=float, default=250.0, metavar="HZ", help="of the loop (default 250)")
-    loop.add_argument("--seconds", type=float, default=20.0, help="how long (default 20)")
+    loop.add_argument(
+        "--executor",
+        default="latest",
+        metavar="NAME|YAML",
+        help="latest, ensemble or receding, or one with settings (default latest)",
+    )
+    loop.add_argument("--rate", type=positive, default=250.0, metavar="HZ", help="of the loop (default 250)")
+    loop.add_argument("--seconds", type=positive, default=20.0, help="how long (default 20)")
     loop.add_argument("--seed", type=int, default=100_000, help="of the episode and of the noise (default 100000)")
-    loop.add_argument("--load", type=int, default=0, metavar="N", help="busy processes beside it (default 0)")
+    loop.add_argument("--load", type=natural, default=0, metavar="N", help="busy processes beside it (default 0)")
     loop.add_argument("--out", type=Path, metavar="DIR", help="where to write (default CKPT/bench/loop)")
     loop.set_defaults(steps=None, noise=None, device="cpu", threads=1)
 
@@ -82,15 +93,21 @@ def _loop(args: argparse.Namespace) -> int:
     from robopolicy.bench.loop import rows_of, run_loop
     from robopolicy.bench.machine import busy, machine, runtime_versions
     from robopolicy.bench.report import COLUMNS, write_loop
+    from robopolicy.config import component
+    from robopolicy.deploy.executor import make_executor
     from robopolicy.deploy.exported import ExportedPolicy
-    from robopolicy.evaluate.commands import load
+    from robopolicy.deploy.limits import load_limits
+    from robopolicy.deploy.planner import PLANNERS
+    from robopolicy.evaluate.commands import load, setting, warn_of_untrained_times
     from robopolicy.policy import Policy
 
-    for name in ("rate", "seconds"):
-        if not getattr(args, name) > 0:
-            raise EvaluationError(f"bench loop: --{name} {getattr(args, name):g} is too little; give more than 0")
+    args.planner, args.executor = setting("planner", args.planner), setting("executor", args.executor)
+    component("planner", args.planner, PLANNERS)  # errors in these are told before anything is loaded
+    make_executor(args.executor)
+    load_limits(args.limits, rate=args.rate)
     torch.set_num_threads(1)
     policy, task = load(args.policy, args)
+    warn_of_untrained_times(args.policy, args.planner)
     assert isinstance(policy, Policy | ExportedPolicy)
     started = machine()
     with busy(args.load):
@@ -104,7 +121,12 @@ def _loop(args: argparse.Namespace) -> int:
     engine = ", ".join(f"{value} {name}" for name, value in report["engine"].items())
     print(f"missed       {report['missed']:.2%} of {report['ticks']} periods; {report['skipped']} skipped; engine: {engine}")
     print(f"starved      {report['starved']:.2%} of periods")
-    print(f"jump         p95 {report['boundary_jump']['p95']:.3g} between plans, in the action's units")
+    jump = report["boundary_jump"].get("p95", math.nan)
+    print(f"jump         {f'p95 {jump:.3g}' if math.isfinite(jump) else 'none'} between plans, in the action's units")
+    jerk = ", ".join(f"{name} {value:.3g}" for name, value in report["jerk_rms"].items())
+    print(f"jerk         RMS of the commands [units/s^3]: {jerk or 'not known'}")
+    interventions = ", ".join(f"{value} {name}" for name, value in sorted(report["interventions"].items()))
+    print(f"safety       {interventions or 'no interventions'}; running {report['modes'].get('running', 0.0):.1%} of periods")
     print(f"load         {started['load'][0]} at start, {ended['load'][0]} at end")
     settings = {"policy": args.policy, "task": task.name, **{name: getattr(args, name) for name in names}}
     settings |= {"busy processes": args.load, "inference": "process" if args.process else "thread"}
@@ -124,8 +146,6 @@ def _latency(args: argparse.Namespace) -> int:
     from robopolicy.bench.machine import busy, machine, runtime_versions
     from robopolicy.bench.report import print_table, write
 
-    if args.rate is not None and args.rate <= 0:
-        raise EvaluationError(f"--rate {args.rate} is no rate; give calls per second")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         policies = _contestants(args, Path(scratch))
@@ -167,6 +187,7 @@ def _latency(args: argparse.Namespace) -> int:
         late = ", ".join(f"{name}: {missed} of {len(results[name]['whole'])}" for name, missed in misses.items() if missed)
         print(f"deadline     {settings['deadline']}; missed by {late or 'none'}")
     print(f"load         {started['load'][0]} at start, {ended['load'][0]} at end")
+    print(f"motion       age, jumps and jerk: robopolicy bench loop (tasks of the arm), or eval --delay TICKS, of {args.policy}")
     print(f"report       {write(folder, f'Latency of {args.policy}', results, document, deadline)}")
     return 0
 
@@ -176,6 +197,7 @@ def _contestants(args: argparse.Namespace, scratch: Path) -> dict[str, Policy | 
     from robopolicy.deploy.export import export
     from robopolicy.deploy.exported import ExportedPolicy
     from robopolicy.deploy.manifest import is_export
+    from robopolicy.distill.times import check_walk
     from robopolicy.evaluate.commands import override_steps
     from robopolicy.policy import load_policy
 
@@ -192,13 +214,13 @@ def _contestants(args: argparse.Namespace, scratch: Path) -> dict[str, Policy | 
         policy = load_policy(args.policy)
         if steps is not None:
             override_steps(policy, steps)
-        calls = policy.sampler.nfe(policy.path)
+            check_walk(policy, args.policy)
         for backend in args.backend or ["torch"]:
-            name = f"{backend}, {_steps(calls)}"
+            name = f"{backend}, {_steps(policy.nfe)}"
             if backend == "torch":
                 found[name] = policy
             else:
-                made = export(policy, scratch / f"{backend}_{calls}", backend, batch=args.batch)
+                made = export(policy, scratch / f"{backend}_{policy.nfe}", backend, batch=args.batch)
                 found[name] = ExportedPolicy(made.folder, args.threads)
     return found
 

@@ -40,8 +40,8 @@ def run_loop(
     *,
     robot: str = "sim.arm.robot:SimArm",
     limits: str = "arm",
-    planner: str = "plain",
-    executor: str = "latest",
+    planner: Mapping[str, object] | str = "plain",
+    executor: Mapping[str, object] | str = "latest",
     rate: float = 250.0,
     seconds: float = 20.0,
     seed: int = 0,
@@ -54,8 +54,8 @@ def run_loop(
         task: What the robot is set in.
         robot: Class of the robot, called as ``Robot(task name, clock, **task arguments)``.
         limits: Of the safety filter: a preset or a file.
-        planner: See :mod:`robopolicy.deploy.planner`.
-        executor: See :mod:`robopolicy.deploy.executor`.
+        planner: A name of :mod:`robopolicy.deploy.planner`, or ``{type: rti, steps: 1}``.
+        executor: Of :mod:`robopolicy.deploy.executor`, likewise.
         rate: Of the loop [Hz].
         seconds: How long.
         seed: Of the episode, and of the policy's noise.
@@ -94,7 +94,7 @@ def rows_of(report: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 
 @contextmanager
-def _planner(policy: Policy | ExportedPolicy, name: str, process: str | None) -> Iterator[Plans]:
+def _planner(policy: Policy | ExportedPolicy, name: Mapping[str, object] | str, process: str | None) -> Iterator[Plans]:
     if process is None:
         yield planner_of(policy, name)
         return

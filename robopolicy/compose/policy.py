@@ -127,6 +127,10 @@ class Composed(Policy):
         return self.policies[0].device
 
     @property
+    def networks(self) -> int:
+        return sum(parent.networks for parent in self.policies)
+
+    @property
     def normalizers(self) -> dict[str, Normalizer]:  # type: ignore[override]
         """Of every vector observation, as the first parent that has it normalises it, and of the action."""
         vectors = (name for name, feature in self.observation_features.items() if not feature.is_image)

@@ -25,7 +25,9 @@ from robopolicy.config import Config
 from robopolicy.deploy.chunk import Chunk, Previous
 from robopolicy.deploy.engine import rows_between
 from robopolicy.deploy.executor import Executor, make_executor
-from robopolicy.deploy.planner import Planner, make_planner
+from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+from robopolicy.deploy.planner import Planner
+from robopolicy.deploy.process import planner_of
 from robopolicy.errors import ConfigError, EvaluationError, nearest
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, check_seeds
 from robopolicy.evaluate.run import check_fit, noise_generator, record
@@ -82,7 +84,7 @@ class RealTime(Config):
         jump_p50, jump_p95: Boundary jumps: distance from the command that the old plan had for the first tick of the new one to
             the new one's, in the action's units; percentiles over all changes of plan in all episodes. 0 when there was none.
         jerk: RMS of the third difference of the executed commands over the cube of the period [units/s^3].
-        calls: Evaluations of the network, backward passes among them, per executed action.
+        calls: Evaluations of networks, backward passes among them, per executed action.
         starved: Share of ticks without a planned action; of a synchronous robot, those in which it waits.
     """
 
@@ -149,7 +151,7 @@ def replan_interval(delay: int, least: int, rows: int) -> int:
 
 
 def evaluate_delayed(
-    policy: Policy,
+    policy: Policy | ExportedPolicy,
     spec: TaskSpec,
     seeds: Sequence[int],
     *,
@@ -166,7 +168,7 @@ def evaluate_delayed(
     """Run one episode per seed as if inference took ``delay`` ticks.
 
     Args:
-        policy: Samples the chunks.
+        policy: Samples the chunks; an export knows the planner ``plain`` only.
         spec: The task.
         seeds: Environment seeds, all different.
         delay: Ticks from an observation to the chunk that it led to.
@@ -181,7 +183,8 @@ def evaluate_delayed(
         TaskError: Policy and task do not fit together.
     """
     check_seeds(seeds)
-    plan = make_planner(planner, policy)
+    plan = planner_of(policy, planner)
+    assert isinstance(plan, Planner | ExportedPlanner)
     replan = replan_interval(delay, policy.n_action_steps, plan.rows) if replan is None else replan
     if delay >= plan.rows:
         raise EvaluationError(f"delay {delay}: a chunk is over when it arrives, it has {plan.rows} rows; train a longer horizon")
@@ -236,7 +239,7 @@ class _Run:
 
     def __init__(
         self,
-        planner: Planner,
+        planner: Planner | ExportedPlanner,
         env: VectorEnv,
         executor: Mapping[str, object],
         delay: int,

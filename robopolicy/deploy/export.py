@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{name:<12} {graph.file:<20} {sizes[name] / 1e6:6.2f} MB  ({', '.join(graph.inputs)}) -> {', '.join(graph.outputs)}"
         )
-    how = "one graph from noise and observations to actions" if manifest.fused else f"{manifest.nfe} calls of the field per chunk"
+    how = "one graph from noise and observations to actions" if manifest.fused else f"{manifest.nfe} network calls per chunk"
     print(f"sampler      {how}")
     print("parity       " + ", ".join(f"{name} {value:.1e}" for name, value in manifest.parity.items()) + "  (against torch)")
     print(f"written      {folder}")
@@ -96,8 +96,7 @@ def export(
     parts: dict[str, Part] = {"encode": graphs.Encode(copied)}
     parts |= {name: graphs.See(copied, field) for name, field in graphs.fields(copied).items()}
     parts["decode"] = graphs.Decode(copied)
-    nfe = copied.sampler.nfe(copied.path)
-    if draws == 1 and nfe <= FUSED_CALLS:
+    if draws == 1 and copied.sampler.nfe(copied.path) <= FUSED_CALLS:
         parts["chunk"] = graphs.Whole(copied)
     partial = final.with_name(f".partial_{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +128,7 @@ def export(
             jumps=graphs.jumps(copied),
             frozen_above=copied.config.frozen_above,
             clip=copied.sampler.clip,
-            nfe=nfe,
+            nfe=copied.nfe,
             steps=steps,
             graphs=written,
             opset=None if backend == "torchscript" else OPSET,

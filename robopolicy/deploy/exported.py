@@ -14,7 +14,7 @@ import numpy as np
 from robopolicy.deploy.manifest import Manifest, Step, load_manifest, observed
 from robopolicy.deploy.runtime import Run, open_graph
 from robopolicy.errors import DataError
-from robopolicy.features import Feature
+from robopolicy.features import Feature, bad_actions, check_batch
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,10 @@ class ExportedPolicy:
         """
         inputs = self.observe(obs)
         chunk = self.chunk(inputs, self.noise(len(next(iter(inputs.values()))), generator))
-        return chunk[:, : self.n_action_steps]
+        actions = chunk[:, : self.n_action_steps]
+        if not np.isfinite(actions).all():
+            raise bad_actions(actions, {name: float(np.abs(inputs[observed(name)]).max()) for name in self.observation_features})
+        return actions
 
     def observe(self, obs: Arrays) -> dict[str, np.ndarray]:
         """The observations as the graphs read them, checked: ``obs.NAME -> [B, n_obs_steps, *shape]``, float32 or uint8 (images).
@@ -80,6 +83,7 @@ class ExportedPolicy:
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise DataError(f"observation '{name}' holds NaN or infinity; a policy must not act on it: check that sensor")
             inputs[observed(name)] = np.ascontiguousarray(value, dtype=np.uint8 if feature.is_image else np.float32)
+        check_batch({name: len(inputs[observed(name)]) for name in self.observation_features})
         return inputs
 
     def noise(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | np.random.Generator) -> np.ndarray:
@@ -186,16 +190,24 @@ class ExportedPlanner:
 
     Attributes:
         rows: Rows of its chunks.
+        calls: Network calls for each of them.
     """
 
     def __init__(self, policy: ExportedPolicy) -> None:
         self.policy = policy
         self.rows: int = policy.manifest.rows
+        self.calls: int = policy.manifest.nfe
 
-    def plan(self, obs: Arrays, previous: object, delay: int, generator: torch.Generator | np.random.Generator) -> np.ndarray:
+    def plan(
+        self,
+        obs: Arrays,
+        previous: object,
+        delay: int,
+        generator: torch.Generator | Sequence[torch.Generator] | np.random.Generator,
+    ) -> np.ndarray:
         """The next chunks ``[B, rows, A]`` float32 in the action's units; ``previous`` and ``delay`` make no difference."""
         inputs = self.policy.observe(obs)
         return self.policy.chunk(inputs, self.policy.noise(len(next(iter(inputs.values()))), generator))
 
-    def reset(self) -> None:
+    def reset(self, rows: Sequence[int] | None = None) -> None:
         """Nothing to forget."""

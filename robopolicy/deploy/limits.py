@@ -7,7 +7,7 @@ rotation vector and a width. Each has limits of its own; the workspace is a box 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
@@ -44,7 +44,7 @@ class Coordinate(Config):
 
     @pydantic.model_validator(mode="after")
     def _has_room(self) -> Self:
-        if self.upper - self.lower <= 2 * self.margin:
+        if not self.upper - self.lower > 2 * self.margin:
             raise ValueError(f"'{self.name}': nothing is left between lower and upper after margins; make 'margin' smaller")
         return self
 
@@ -68,7 +68,7 @@ class WorkspaceConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _has_room(self) -> Self:
-        if any(high - low <= 2 * self.margin for low, high in zip(self.lower, self.upper, strict=True)):
+        if not all(high - low > 2 * self.margin for low, high in zip(self.lower, self.upper, strict=True)):
             raise ValueError("the box is empty after margins; check 'lower', 'upper' and 'margin'")
         return self
 
@@ -87,7 +87,7 @@ class Freshness(Config):
     """
 
     state: float = pydantic.Field(default=0.15, gt=0)
-    inputs: dict[str, float] = {}
+    inputs: dict[str, Annotated[float, Positive]] = {}
     default: float = pydantic.Field(default=0.3, gt=0)
     command: float | None = pydantic.Field(default=1.0, gt=0)
     deadman: float | None = pydantic.Field(default=None, gt=0)

@@ -86,7 +86,7 @@ class Manifest(Config):
     jumps: bool  # `field` takes a fourth input: the time to go to
     frozen_above: float | None
     clip: float | None
-    nfe: int
+    nfe: int  # network calls for a chunk, of all parents of a composition
     steps: tuple[Step, ...] = pydantic.Field(min_length=1)
     graphs: dict[str, Graph]
     opset: int | None

@@ -31,16 +31,19 @@ from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import Field
 from robopolicy.generative.losses import staircase
 from robopolicy.generative.path import Pred, broadcast_time
-from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, residual_gradient, soft_mask
+from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, identity_pull, residual_gradient, soft_mask
 from robopolicy.generative.sampler import Generators, Sampler, clip_pred, randn
 from robopolicy.policy import Observations, Policy
+
+_PULL = 1.5  # of the way to the old chunk, at most, in the last call: at 2 a row ends on the other side, as far as it was
 
 
 class Planner(ABC):
     """Plans for ``B`` robots at once.
 
     Attributes:
-        calls: Evaluations of the network, backward passes among them, that the last plan took for one robot.
+        calls: Evaluations of networks, of all parents of a composition, backward passes among them, that the last plan took for
+            one robot.
     """
 
     needs_previous: ClassVar[bool] = True
@@ -106,7 +109,7 @@ class Planner(ABC):
     ) -> Tensor:
         """:meth:`robopolicy.policy.Policy.walk`, and count the calls."""
         result = self.policy.walk(x, ctx, generator, field=field, times=times)
-        self.calls += result.nfe
+        self.calls += self.policy.networks * result.nfe
         return result.x0
 
     def _noise(self, batch: int, generator: Generators) -> Tensor:
@@ -166,6 +169,12 @@ class RTC(Planner):
     def __init__(self, policy: Policy, config: RTC.Config | None = None) -> None:
         super().__init__(policy)
         self.config = config or RTC.Config()
+        last = policy.sampler.times(policy.path)[-2]  # what is seen there is the chunk, and nothing corrects it
+        if self.config.jacobian == "identity" and (pull := identity_pull(policy.path, last, self.config.limit)) > _PULL:
+            raise ConfigError(
+                f"planner 'rtc' with jacobian identity: the last call of this sampler ({policy.sampler.nfe(policy.path)} in all) "
+                f"would move rows {pull:.3g} times the way to the old chunk, and no later one corrects that; use rtc as it is"
+            )
         if type(policy.sampler).sample is not Sampler.sample:
             self._try()
 
@@ -224,7 +233,7 @@ class RTC(Planner):
             better = (cost(sample) < best)[:, None, None]
             z, chunk = torch.where(better, moved, z), torch.where(better, sample, chunk)
             best = torch.minimum(best, cost(sample))
-            self.calls += 2
+            self.calls += 2 * self.policy.networks
         return chunk
 
     def _onward(self, x: Tensor, t: Tensor, ctx: Tensor) -> Pred:
@@ -375,7 +384,7 @@ class Streaming(Planner):
         for t, u in itertools.pairwise(times):
             seen = clip_pred(path, self.policy.field(x, t.to(x.dtype), ctx), x, t, self.policy.sampler.clip)
             x = self.policy.sampler.step(path, seen, x, t, u).sample(generator)
-            self.calls += 1
+            self.calls += self.policy.networks
         alpha, sigma = (broadcast_time(value, x) for value in path.coefficients(times[-1]))
         clean = torch.where(sigma > 0, seen.x0, x)
         eps = torch.where(sigma > 0, (x - alpha * clean) / sigma.clamp_min(1e-9), seen.eps)
@@ -420,7 +429,7 @@ class BID(Planner):
         if self.config.contrast:
             ones = torch.ones(len(many), device=ctx.device, dtype=start.dtype)
             weak = self.policy.field(start, ones, many, torch.zeros_like(ones)).x0.unflatten(0, (batch, n))
-            self.calls += n
+            self.calls += n * self.policy.networks
             near, far = (_nearest(chunks, incoherence(chunks), self.config.keep) for chunks in (strong, weak))
             loss = loss + self.config.contrast * (_distance(strong, near) - _distance(strong, far))
         return strong[torch.arange(batch, device=ctx.device), loss.argmin(1)]

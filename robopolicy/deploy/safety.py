@@ -69,6 +69,15 @@ def ahead(name: str, stamp: Stamp, limit: float) -> Reason | None:
     return Reason("clock_ahead", name, early, limit) if early > limit else None
 
 
+def _real(value: object) -> np.ndarray:
+    """As float64; what is no real number, or has no shape, as NaN."""
+    try:
+        found = np.asarray(value)
+    except Exception:  # rows of different lengths; objects that make an array of themselves, and fail
+        found = np.empty((), object)
+    return found.astype(np.float64, copy=False) if found.dtype.kind in "fiu" else np.full(found.shape, np.nan)
+
+
 class Result(NamedTuple):
     """What came of one call.
 
@@ -146,11 +155,11 @@ class SafetyFilter:
         """
         if self.mode in (Mode.RUNNING, Mode.HOLDING):
             return (Reason("start_running", "stop first"),) if reseat else ()
-        state = np.asarray(state, np.float64)
         if self.mode is Mode.ESTOPPED:
             return (Reason("estopped", "reset first"),)
-        if state.shape != self.lower.shape or not np.isfinite(state).all():
-            return (Reason("state_not_finite", self._first_bad(state)),)
+        state = _real(state)
+        if bad := self._finite("state_not_finite", state):
+            return (bad,)
         if not (age := self._age(now, stamp)) <= self.limits.freshness.state:  # the arm may be elsewhere by now
             return (Reason("stale", "state", age, self.limits.freshness.state),)
         if early := ahead("state", stamp, self.limits.freshness.state):
@@ -165,7 +174,7 @@ class SafetyFilter:
         ]
         if seat and not refused and self._workspace is not None:
             what, excess = self._workspace.outside(state)
-            if excess > self._workspace.config.start:
+            if not excess <= self._workspace.config.start:
                 refused.append(Reason("start_outside", what, excess, self._workspace.config.start))
         if not seat:
             error = np.abs(state - self._motion.position)
@@ -248,12 +257,19 @@ class SafetyFilter:
                 reasons.append(self.cause)
             self._motion.brake()
             return self._result(command, reasons)
-        hold = fault or self._finite(state, command) or self._stale(now, stamps, command_age, reasons)
+        state, target = _real(state), np.empty(0) if command is None else _real(command)
+        hold = (
+            fault
+            or (Reason("no_command") if command is None else None)
+            or self._finite("state_not_finite", state)
+            or self._finite("command_not_finite", target)
+            or self._stale(now, stamps, command_age, reasons)
+            or self._far_start(target, reasons)
+            or self._not_pressed(now, deadman)
+            or self._blocked(state)
+        )
         if hold is None:
-            assert command is not None  # `_finite` holds without
-            hold = self._far_start(command, reasons) or self._not_pressed(now, deadman) or self._blocked(state)
-        if hold is None:
-            self._move(np.asarray(command, np.float64), velocity, reasons)
+            self._move(target, None if velocity is None else _real(velocity), reasons)
             self.mode = Mode.RUNNING
         else:
             if hold is not fault:
@@ -296,18 +312,11 @@ class SafetyFilter:
             return Reason("gap", "now", now - last, self.limits.freshness.gap)
         return None
 
-    def _finite(self, state: np.ndarray, command: np.ndarray | None) -> Reason | None:
-        if command is None:
-            return Reason("no_command")
-        for kind, value in (("state_not_finite", state), ("command_not_finite", command)):
-            if np.shape(value) != self.lower.shape or not np.isfinite(value).all():
-                return Reason(kind, self._first_bad(np.asarray(value)))
-        return None
-
-    def _first_bad(self, value: np.ndarray) -> str:
+    def _finite(self, kind: str, value: np.ndarray) -> Reason | None:
         if value.shape != self.lower.shape:
-            return f"shape {value.shape}"
-        return self.names[int(np.argmin(np.isfinite(value)))]
+            return Reason(kind, f"shape {value.shape}")
+        finite = np.isfinite(value)
+        return None if finite.all() else Reason(kind, self.names[int(np.argmin(finite))])
 
     def _stale(self, now: float, stamps: Mapping[str, Stamp], command_age: float, reasons: list[Reason]) -> Reason | None:
         fresh = self.limits.freshness
@@ -319,7 +328,7 @@ class SafetyFilter:
         for name, stamp in stamps.items():
             limit = fresh.state if name == "state" else fresh.inputs.get(name, fresh.default)
             age = self._age(now, stamp)
-            if age > limit:
+            if not age <= limit:
                 return Reason("stale", name, age, limit)
             if stamp.made is not None and self._skewed(name, stamp.came - stamp.made, stamp.made - now):
                 reasons.append(Reason("clock_skew", name, stamp.came - stamp.made, fresh.skew))
@@ -365,8 +374,8 @@ class SafetyFilter:
         return None if age <= limit else Reason("deadman", "", age, limit)
 
     def _blocked(self, state: np.ndarray) -> Reason | None:
-        error = np.abs(np.asarray(state, np.float64) - self._motion.position)
-        if not (error > self._tracking).any():
+        error = np.abs(state - self._motion.position)
+        if (error <= self._tracking).all():
             return None
         worst = int(np.argmax(error / self._tracking))
         return Reason("tracking", self.names[worst], float(error[worst]), float(self._tracking[worst]))
@@ -388,7 +397,7 @@ class SafetyFilter:
             target = here + (target - here) / steps[i]
         following = None
         unchanged = len(reasons) == noted and not self._guard
-        if unchanged and velocity is not None and np.shape(velocity) == here.shape and np.isfinite(velocity).all():
+        if unchanged and velocity is not None and velocity.shape == here.shape and np.isfinite(velocity).all():
             following = np.clip(velocity, -self.velocity, self.velocity)
         if not self._step(target, following, self.limits.ramp if self._guard else 1.0):
             reasons.append(Reason("no_way"))

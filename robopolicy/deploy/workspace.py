@@ -76,7 +76,9 @@ class Workspace:
         points = self.kinematics.points(q)
         excess = np.maximum(self.lower - points, points - self.upper)
         worst = int(np.argmax(excess))
-        return f"{self.kinematics.names[worst // 3]}.{'xyz'[worst % 3]}", max(0.0, float(excess.flat[worst]))
+        return f"{self.kinematics.names[worst // 3]}.{'xyz'[worst % 3]}", max(
+            float(excess.flat[worst]), 0.0
+        )  # in this order NaN stays NaN
 
     def seat(self, q: np.ndarray) -> None:
         """Widen the box to include ``q``."""
@@ -104,7 +106,7 @@ class Workspace:
             return None
         moved, bad = q, np.zeros(len(points), bool)
         for _ in range(_ITERATIONS):
-            outside = np.abs(np.clip(points, lowest, highest) - points).max(1) > _EXACT
+            outside = ~(np.abs(np.clip(points, lowest, highest) - points).max(1) <= _EXACT)
             wanted[outside & ~bad] = np.clip(points, lowest, highest)[outside & ~bad]
             bad |= outside  # these come to the border; the others are free to give way
             jacobian = self.kinematics.jacobians()[bad].reshape(-1, len(q))
@@ -137,7 +139,7 @@ class Workspace:
         """
         points = self.kinematics.points(start)
         room = np.minimum(points - self._low, self._high - points)
-        if room.min() < -_EXACT:
+        if not room.min() >= -_EXACT:
             return False
         levers = self.kinematics.levers
         if levers is not None and (levers @ travel < room.min(1)).all():
@@ -145,6 +147,6 @@ class Workspace:
         count = int(duration / _INTERVAL) + 1
         for k in range(1, count + 1):
             points = self.kinematics.points(at(duration * k / count))
-            if (points < self._low - _EXACT).any() or (points > self._high + _EXACT).any():
+            if not ((points >= self._low - _EXACT).all() and (points <= self._high + _EXACT).all()):
                 return False
         return True

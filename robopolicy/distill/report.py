@@ -10,7 +10,7 @@ import torch
 
 from robopolicy.distill.config import DistillConfig
 from robopolicy.distill.diagnose import Spread, spread
-from robopolicy.distill.teacher import Teacher, networks
+from robopolicy.distill.teacher import Teacher
 from robopolicy.distill.trainer import Distiller, from_noise
 from robopolicy.evaluate.paired import Comparison, compare, write_comparison
 from robopolicy.evaluate.record import write_json
@@ -81,7 +81,7 @@ def calls(distiller: Distiller) -> dict[str, Any]:
     policy = distiller.averaged_policy
     return {
         "teacher": distiller.teacher.nfe,
-        "student": networks(policy) * policy.sampler.nfe(policy.path),
+        "student": policy.nfe,
         "spent": distiller.teacher.calls,
     }
 

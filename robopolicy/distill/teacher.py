@@ -36,7 +36,7 @@ class Teacher:
         self.policy = policy.eval().requires_grad_(False)
         self.sampler = _deterministic(policy) if sampler is None else _build(sampler)
         self.on_linear = OnPath(policy.field, policy.path, _LINEAR)
-        self.networks, self.calls = networks(policy), 0
+        self.networks, self.calls = policy.networks, 0
         try:
             self.sample(torch.zeros(1, policy.ctx_dim), torch.zeros(1, policy.config.horizon, policy.action_transform.dim))
         except ValueError as error:  # it asked for a generator
@@ -98,12 +98,6 @@ def _deterministic(policy: Policy) -> Sampler:
     if isinstance(sampler, DDIM) and type(sampler) in (DDIM, DPMSolver) and sampler.eta > 0:
         return type(sampler)(sampler.config.model_copy(update={"eta": 0.0}))
     return sampler
-
-
-def networks(policy: Policy) -> int:
-    """Networks that one evaluation of its field asks: more than one for a composed policy."""
-    parents = getattr(policy, "parents", None)
-    return 1 if parents is None else sum(networks(parent) for parent in parents)
 
 
 def _build(value: Mapping[str, Any]) -> Sampler:

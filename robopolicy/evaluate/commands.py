@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--robot-arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the robot; repeatable")
     parser.add_argument("--limits", metavar="NAME|FILE", help="with --robot: safety limits (default: the robot's own)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="with --robot: of an episode (default: the task's)")
+    parser.add_argument("--seconds", type=positive, metavar="S", help="with --robot: of an episode (default: the task's)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_arguments(parser)
     parser.add_argument("--num-envs", type=count, default=50, help="episodes that advance together (default 50)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that step them (default 0: none besides this one)")
+    parser.add_argument("--workers", type=natural, default=0, help="processes that step them (default 0: none besides this one)")
     parser.add_argument("--noise-seed", type=int, default=0, help="seed of the policy's noise (default 0)")
     parser.add_argument("--device", default="cpu", help="where the network runs (default cpu)")
     parser.add_argument("--threads", type=count, default=1, help="threads of the network (default 1: best for small ones)")
@@ -140,20 +140,24 @@ def run(args: argparse.Namespace) -> int:
 
 def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     """Run one policy as if inference took ``args.delay`` control steps."""
-    from robopolicy.config import apply_overrides
     from robopolicy.deploy.delayed import EACH_TICK, evaluate_delayed, mode
+    from robopolicy.deploy.exported import ExportedPolicy
     from robopolicy.evaluate.record import write_json
     from robopolicy.policy import Policy
 
     asked = args.executor or "latest"
-    setting = apply_overrides({}, [f"executor={asked}"])["executor"]
-    name, planner, executor = mode(setting)
+    name, planner, executor = mode(setting("executor", asked))
     replan = max(args.delay, 1) if args.replan is None and name in EACH_TICK else args.replan
     if len(args.checkpoints) > 1 or args.film:
         raise EvaluationError("--delay takes one checkpoint, and no --film; leave these out")
     policy, spec = load(args.checkpoints[0], args)
-    if not isinstance(policy, Policy):
-        raise EvaluationError(f"--delay: '{args.checkpoints[0]}' is an export; planners need the checkpoint behind it")
+    assert isinstance(policy, Policy | ExportedPolicy)
+    if isinstance(policy, ExportedPolicy) and planner != "plain":
+        raise EvaluationError(
+            f"--executor {name}: '{args.checkpoints[0]}' is an export, whose plans do not know of the plan before; use pause, "
+            "latest or ensemble, or the checkpoint behind it"
+        )
+    warn_of_untrained_times(args.checkpoints[0], planner)
     done = evaluate_delayed(
         policy,
         spec,
@@ -177,7 +181,6 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
 
 def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
     """Run one policy on a robot, through the control loop."""
-    from robopolicy.config import apply_overrides
     from robopolicy.deploy.delayed import mode
     from robopolicy.evaluate.robot import UnfinishedError, evaluate_on_robot
     from robopolicy.task import find_task
@@ -186,7 +189,8 @@ def _on_robot(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         raise EvaluationError("--robot takes one checkpoint, and no --film; leave these out")
     _check_robot_arguments(args.robot, _task_arguments(args.robot_arg))
     policy, spec = load(args.checkpoints[0], args)
-    _, planner, executor = mode(apply_overrides({}, [f"executor={args.executor or 'latest'}"])["executor"])
+    _, planner, executor = mode(setting("executor", args.executor or "latest"))
+    warn_of_untrained_times(args.checkpoints[0], planner)
     ended: UnfinishedError | None = None
     try:
         done = evaluate_on_robot(
@@ -339,6 +343,31 @@ def override_sampling(policy: Policy, checkpoint: str, args: argparse.Namespace)
         check_walk(policy, checkpoint)
 
 
+def warn_of_untrained_times(path: str, planner: Mapping[str, Any] | str) -> None:
+    """Say so when the planner asks a distilled network at times at which it was never trained: no step is refused, as that may
+    go well."""
+    from robopolicy.config import component
+    from robopolicy.deploy.planner import PLANNERS, RTI
+    from robopolicy.distill.times import trained_times
+
+    cls, config = component("planner", planner, PLANNERS)
+    if not (isinstance(cls, type) and issubclass(cls, RTI) and isinstance(config, RTI.Config)):
+        return
+    asked = [config.t_start * (1 - step / config.steps) for step in range(config.steps)]
+    origins = [_origin(path)]
+    for origin in origins:  # a composition, then its parents, and theirs
+        origins += [parent["provenance"] for parent in origin.get("parents", ())]
+        trained = trained_times(origin)
+        strange = [] if trained is None else [t for t in asked if all(abs(t - own) > 1e-6 for own in trained)]
+        if trained is not None and strange:
+            print(
+                f"note: planner rti asks '{path}' at t = {', '.join(f'{t:.3g}' for t in strange)}, and its network was distilled "
+                f"for t = {', '.join(f'{t:g}' for t in trained)} only; compare with executor latest before you use it",
+                file=sys.stderr,
+            )
+            return
+
+
 def override_steps(policy: Policy, steps: int) -> None:
     """Make the policy's sampler take ``steps`` steps. Raises ConfigError when it cannot."""
     from robopolicy.config import component
@@ -370,6 +399,13 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
     return list(range(start, start + args.episodes))
 
 
+def setting(name: str, text: str) -> Any:
+    """What an argument says that takes a name, or YAML: ``rti`` or ``{type: rti, steps: 1}``. Raises ConfigError."""
+    from robopolicy.config import apply_overrides
+
+    return apply_overrides({}, [f"{name}={text}"])[name]
+
+
 def _task_arguments(texts: Sequence[str]) -> dict[str, Any]:
     from robopolicy.config import apply_overrides
 
@@ -399,6 +435,22 @@ def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """Of an argument: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+def positive(text: str) -> float:
+    """Of an argument: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
     return value
 
 

@@ -67,7 +67,7 @@ class Settings(Config):
     n_action_steps: int
     sampler: dict[str, Any] | None = None
     initial_noise: float | None = None  # scale of the noise that sampling started from
-    nfe: int | None = None  # evaluations of the network for one chunk
+    nfe: int | None = None  # evaluations of networks for one chunk, of all parents of a composition
     # ---
     num_envs: int
     num_workers: int

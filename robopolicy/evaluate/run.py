@@ -197,7 +197,7 @@ def record(
             n_action_steps=policy.n_action_steps,
             sampler=policy.config.sampler if isinstance(policy, Policy) else None,
             initial_noise=policy.config.initial_noise if isinstance(policy, Policy) else None,
-            nfe=policy.sampler.nfe(policy.path) if isinstance(policy, Policy) else None,
+            nfe=policy.nfe if isinstance(policy, Policy) else None,
             num_envs=num_envs,
             num_workers=num_workers,
             threads=torch.get_num_threads(),

@@ -93,8 +93,18 @@ class Inpainted:
             seen = field(x, t, ctx)
             # On the linear path d x0 / d x = 1; another path's state is that one scaled by alpha + sigma.
             gradient = self.weights * (self.chunk - seen.x0) / (alpha + sigma)
-        factor = ((alpha**2 + sigma**2) / (alpha * sigma).clamp_min(1e-12)).clamp_max(self.limit)
+        factor = _factor(alpha, sigma, self.limit)
         return Pred(seen.x0 + sigma * factor * gradient, seen.eps - alpha * factor * gradient)
+
+
+def identity_pull(path: Path, t: float, limit: float) -> float:
+    """How far the identity Jacobian moves a row of weight 1 at ``t``, as a share of its way to the chunk: above 1, past it."""
+    alpha, sigma = path.coefficients(torch.tensor(t, dtype=torch.float64))
+    return float(sigma * _factor(alpha, sigma, limit) / (alpha + sigma))
+
+
+def _factor(alpha: Tensor, sigma: Tensor, limit: float) -> Tensor:
+    return ((alpha**2 + sigma**2) / (alpha * sigma).clamp_min(1e-12)).clamp_max(limit)
 
 
 class Pinned:
