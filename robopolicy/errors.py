@@ -32,6 +32,11 @@ class EvaluationError(RobopolicyError):
     """An evaluation cannot be run, read, or compared with another."""
 
 
+def install(*extras: str) -> str:
+    """How to get what is missing. Not by name from an index: nobody knows whose package that is."""
+    return f"in the checkout of robopolicy: uv pip install -e '.[{','.join(extras)}]'"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the valid entry closest to ``name``, or all of them when none is close."""
     options = sorted(valid)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from robopolicy.errors import TaskError, nearest
+from robopolicy.errors import TaskError, install, nearest
 from robopolicy.features import Feature
 
 ENTRY_POINTS = "robopolicy.tasks"
@@ -97,7 +97,6 @@ def find_task(name: str) -> type[Task]:
                 return point.load()
             except ImportError as error:
                 raise TaskError(
-                    f"task '{name}' needs a package that is not installed ({error}); install the simulators with "
-                    "pip install 'robopolicy[mujoco,pusht,robosuite]'"
+                    f"task '{name}' needs a package that is not installed ({error}); {install('mujoco', 'pusht', 'robosuite')}"
                 ) from error
     raise TaskError(f"unknown task '{name}': {nearest(name, task_names())}")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import gymnasium
 import numpy as np
 
-from robopolicy.errors import TaskError
+from robopolicy.errors import TaskError, install
 from robopolicy.features import Feature
 from robopolicy.task import Observation, Task
 
@@ -259,9 +259,7 @@ def _make(name: str) -> Any:
     try:
         import robosuite
     except ImportError as error:
-        raise TaskError(
-            f"robosuite's tasks need a package that is missing ({error}); pip install 'robopolicy[robosuite]'"
-        ) from error
+        raise TaskError(f"robosuite's tasks need a package that is missing ({error}); {install('robosuite')}") from error
     finally:
         os.environ["MUJOCO_GL"] = chosen
     return robosuite.make(

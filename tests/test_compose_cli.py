@@ -152,7 +152,9 @@ def test_a_scale_of_guidance_is_found_beyond_the_first_parent(
     assert load_policy(tmp_path).config.rule == "guidance"  # type: ignore[attr-defined]
 
 
-def test_a_superposition_is_tested_against_its_own_noise(parents: list[str], tmp_path: Path) -> None:
+def test_a_superposition_is_tested_against_its_own_noise(
+    parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ["--rule", "and", "--search", "--search-episodes", "2", "--episodes", "3", "--steps", "4", "--num-envs", "3"]
     assert main(["compose", *parents, *settings, "path.type=vp_cosine", "--out", str(tmp_path)]) == 0
     value = json.loads((tmp_path / "compose.json").read_text())
@@ -161,6 +163,10 @@ def test_a_superposition_is_tested_against_its_own_noise(parents: list[str], tmp
     assert value["path"]["type"] == "vp_cosine"
     assert "mean, same stochastic sampler" in [control["name"] for control in value["test"]["controls"]]
     assert load_policy(tmp_path).config.model_dump()["rule"] == "and"
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"policy  {tmp_path}   and"
+    assert "predicted" not in out + err  # it has no weights
+    assert value["predicted"] is None
 
 
 def test_alone_is_alone_also_by_the_stochastic_sampler(parents: list[str]) -> None:
@@ -185,6 +191,22 @@ def test_a_product_and_three_parents(parents: list[str], tmp_path: Path) -> None
     assert load_policy(tmp_path).config.sampler["clip"] == 2.0
 
 
+def test_found_and_predicted_weights_are_shown_on_one_scale(
+    composed: str, parents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, out = str(tmp_path / "rollouts.zarr"), str(tmp_path / "product")
+    assert main(["data", "rollout", composed, "--episodes", "3", "--out", store]) == 0
+    search = ["--search", "--points", "2", "--search-episodes", "2", "--episodes", "2", "--num-envs", "2", "--data", store]
+    assert main(["compose", *parents, "--rule", "product", *search, "--out", out]) == 0
+    said = capsys.readouterr().out
+    shown = re.search(r"weights found (.*) \(shares (.*)\), predicted for a mean (.*)\n", said)
+    assert shown is not None, said
+    found, shares, predicted = ([float(word) for word in text.split()] for text in shown.groups())
+    assert sum(found) == pytest.approx(2)
+    assert sum(shares) == pytest.approx(1)
+    assert sum(predicted) == pytest.approx(1, abs=0.011)
+
+
 def test_weights_in_equal_steps() -> None:
     assert simplex(2, 3) == [(0, 1), (0.5, 0.5), (1, 0)]
     assert len(simplex(3, 5)) == 15
@@ -200,7 +222,16 @@ def test_weights_in_equal_steps() -> None:
         (["A", "B", "--search", "--weights", "1", "0"], "drop --weights"),
         (["A", "B", "--search", "--seeds", "search"], "chosen on those"),
         (["A", "B", "--search", "--seeds", "300050"], "overlap with search seeds"),
-        (["A", "B", "--points", "1"], "at least 2"),
+        (["A", "B", "--search", "--points", "1"], "at least 2"),
+        (["A", "B", "--points", "3", "--on", "score"], "add --search, or drop --points, --on"),
+        (["A", "B", "--search-episodes", "100"], "add --search, or drop --search-episodes"),
+        (["A", "B", "--episodes", "200"], "add --search, or drop --episodes"),
+        (
+            ["A", "B", "--seeds", "test", "--num-envs", "50", "--workers", "0", "--noise-seed", "0"],
+            "drop --seeds, --num-envs, --wo",
+        ),
+        (["A", "B", "--rule", "and", "--search", "--points", "3"], "no weights to try"),
+        (["A", "B", "--rule", "or", "--data", "any.zarr"], "rule 'or' has none"),
         (["A", "B", "--rule", "guidance", "--data", "any.zarr"], "found by --search alone"),
         (["A", "B", "--rule", "guidance", "--weights", "1.5", "0.5"], "1 - scale"),
         (["A", "B", "--weights", "0.5", "0.6"], "with sum 1"),
@@ -215,7 +246,9 @@ def test_mistakes_are_named(
 ) -> None:
     named = {"A": parents[0], "B": parents[1]}
     assert main(["compose", *(named.get(a, a) for a in arguments), "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("robopolicy compose: ")
+    assert message in said.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,12 +18,15 @@ from toys import Dot
 
 from robopolicy.cli import main
 from robopolicy.compose.policy import compose
+from robopolicy.compose.superpose import SUPERPOSE
 from robopolicy.config import load_yaml, parse
 from robopolicy.data.episodes import Episodes
 from robopolicy.distill.config import DistillConfig
+from robopolicy.distill.methods.base import Models, Samples
+from robopolicy.distill.methods.reflow import Reflow
 from robopolicy.distill.methods.registry import METHODS
 from robopolicy.distill.observations import recorded_data
-from robopolicy.distill.report import non_inferiority
+from robopolicy.distill.report import MARGIN, non_inferiority
 from robopolicy.distill.student import settings, untrained, warm_start
 from robopolicy.distill.teacher import Teacher
 from robopolicy.distill.trainer import Distiller
@@ -169,6 +172,99 @@ def test_teachers_of_every_kind(make: Any, calls: int, method: str, store: Path,
     assert student.act(seen, torch.Generator().manual_seed(0)).shape == (1, 2, 2)
 
 
+@pytest.fixture(scope="module")
+def superposed(store: Path, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("and")
+    other = load_policy(train(store, folder / "other", DIFFUSION))
+    both = compose([load_policy(teacher), other], rule="and", sampler={"type": SUPERPOSE, "mode": "and", "num_steps": 6})
+    return str(both.save(folder / "both", {"task": TASK}))
+
+
+@pytest.mark.parametrize("method", ["reflow", "regression", "mip"])
+def test_of_a_superposition_its_own_samples_are_learnt(
+    method: str, superposed: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / method
+    arguments = ["--method", method, "--steps", "4", "--data", str(store), "--eval", "4", "--out", str(out), *SHORT]
+    assert main(["distill", superposed, *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "12 a chunk by the teacher" in said
+    assert "same noise" not in said  # the first noise alone does not say where it ends
+    rows = read_metrics(out / "metrics.jsonl")
+    assert any("val/loss" in row for row in rows)
+    assert not any("val/same_noise" in row for row in rows)
+    config = parse(DistillConfig, load_yaml(out / "config.yaml"))
+    own = Distiller(config, tmp_path / "again")
+    assert np.array_equal(own.pairs.clean, Distiller(config, out, resume=True).pairs.clean)  # kept, and of the arguments alone
+    policy = own.teacher.policy
+    ctx = own.teacher.encode({"x": torch.zeros(1, 2, 2)}).expand(200, -1)
+    noise = torch.zeros(200, policy.config.horizon, policy.action_transform.dim)
+    chunks = own.teacher.sample(ctx, noise, torch.Generator().manual_seed(0))
+    assert float(chunks.std(0).mean()) > 0.01  # one noise, many chunks: nothing that a map could copy
+    assert load_policy(out).sampler.num_steps(load_policy(out).path) == {"reflow": 10, "regression": 1, "mip": 2}[method]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "distil it by --method reflow"),
+        (["--method", "ctm"], "distil it by --method reflow"),
+        (["--method", "reflow", "--teacher-sampler", "{type: euler, num_steps: 10}"], "would be the plain mean"),
+        (["--method", "reflow", "--teacher-sampler", f"{{type: '{SUPERPOSE}', mode: or}}"], "rule 'and'"),
+    ],
+)
+def test_a_superposition_is_never_taught_as_the_mean(
+    arguments: list[str], text: str, superposed: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["distill", superposed, *arguments, "--data", str(store), "--out", str(out), *SHORT]) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_reflow_learns_the_distribution_of_draws_and_not_their_mean(teacher: str) -> None:
+    """Chunks that the noise beside them says nothing of: the two sides of a coin."""
+    config = load_policy(teacher).config
+    policy = untrained(config.model_copy(update={"net": {**config.net, "width": 64}}), load_policy(teacher), 0)
+    torch.manual_seed(0)
+    optimizer, generator = torch.optim.Adam(policy.parameters(), 5e-3), torch.Generator().manual_seed(0)
+    obs = {"x": torch.zeros(256, 2, 2)}
+    method = Reflow(Reflow.Config())
+    for _ in range(600):
+        clean = (torch.randint(0, 2, (256, 1, 1), generator=generator) * 2.0 - 1).expand(-1, 4, 2) + 0.0
+        batch = Samples(obs, torch.randn(256, 4, 2, generator=generator), clean, None)
+        optimizer.zero_grad()
+        method.loss(batch, Models(policy, policy, cast("Teacher", None)), generator).backward()
+        optimizer.step()
+    noise, sizes = torch.randn(256, 4, 2, generator=generator), []
+    for sampler in (Reflow.OF_DRAWS["sampler"], {"type": "euler", "num_steps": 1}):
+        made = policy.varied(sampler=sampler).eval()
+        with torch.no_grad():
+            sizes.append(float(made.walk(made.start(noise), made.encode(made.observe(obs))).x0.mean((1, 2)).abs().mean()))
+    assert sizes[0] > 0.8
+    assert sizes[1] < 0.4  # one step gives the mean, which is 0
+
+
+def test_a_sampler_with_a_walk_of_its_own_is_not_asked_for_its_field(
+    teacher: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "walks.py").write_text(
+        "from robopolicy.generative.sampler import Euler\n\n\nclass Own(Euler):\n"
+        "    def sample(self, field, ctx, x_init, **walk):\n        return super().sample(field, ctx, x_init, **walk)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = load_policy(teacher).varied(sampler={"type": "walks:Own", "num_steps": 2})
+    own = str(made.save(tmp_path / "own", {"task": TASK}))
+    for method in ("ctm", "consistency", "meanflow", "shortcut"):
+        arguments = ["--data", str(store), "--method", method, "--out", str(tmp_path / method)]
+        assert main(["distill", own, *arguments, *SHORT]) == 2
+        assert "asks for the field alone" in capsys.readouterr().err
+    arguments = ["--data", str(store), "--steps", "2", "--out", str(tmp_path / "same")]
+    assert main(["distill", own, *arguments, *SHORT]) == 0
+
+
 def test_a_student_can_be_a_teacher(teacher: str, tmp_path: Path) -> None:
     for source, out in ((teacher, "first"), (str(tmp_path / "first"), "second")):
         assert main(["distill", source, "--steps", "4", "--out", str(tmp_path / out), *SHORT]) == 0
@@ -214,9 +310,12 @@ def test_a_student_is_not_walked_where_it_was_never_trained(
     own = ["--episodes", "2", "--num-envs", "2"]
     assert main(["eval", student, *own]) == 0  # by its own steps it acts
     both = ["compose", student, teacher, "sampler.type=euler"]
+    two = str(tmp_path / "two")
+    assert main(["compose", student, student, "--out", two]) == 0
     for command in (
         ["finetune", student],
         [*both, "sampler.num_steps=4", "--out", other],
+        ["finetune", two],
         *([["eval", student, *own, "--steps", "3"], ["export", student, "--steps", "3"]] if method == "same_noise" else []),
     ):
         capsys.readouterr()
@@ -490,3 +589,14 @@ def test_non_inferiority_is_stated_three_ways(teacher: str) -> None:
     assert result(20).startswith("no verdict")
     assert result(30).startswith("not worse by 2%")
     assert result(5).startswith("worse by more than 2%")
+
+
+def test_few_episodes_are_no_proof_that_a_student_is_worse(teacher: str) -> None:
+    """Four of four lost: the approximate interval is clear of the margin, the exact test says p = .125."""
+    spec = TaskSpec(str(TASK["name"]), {"max_episode_steps": 7})
+    done = evaluate(load_policy(teacher), spec, range(4), num_envs=4, progress=False)
+    all_or_none = [tuple(e.model_copy(update={"success": success}) for e in done.episodes) for success in (True, False)]
+    comparison = compare([done.model_copy(update={"episodes": episodes}) for episodes in all_or_none])
+    assert comparison.pairs[0].success.high < -MARGIN
+    assert comparison.pairs[0].mcnemar.p_value == 0.125
+    assert non_inferiority(comparison).startswith("no verdict")

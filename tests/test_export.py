@@ -129,7 +129,7 @@ def test_compositions_of_diffusion_and_flow_are_exported_whole(settings: Any, ba
 
 def test_compositions_with_a_walk_of_their_own_are_refused(tmp_path: Path) -> None:
     made = compose([A, B], rule="and", sampler={"type": SUPERPOSE, "mode": "and", "num_steps": 5})
-    with pytest.raises(ConfigError, match=r"a composition by rule and/or .* distil the policy"):
+    with pytest.raises(ConfigError, match=r"a composition by rule and/or .* distill --method reflow"):
         export(made, tmp_path / "export", "onnx")
     assert not list(tmp_path.iterdir())
 
@@ -303,6 +303,19 @@ def test_a_graph_that_the_runtime_refuses_is_one_line(good: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="onnx cannot load") as error:
         ExportedPolicy(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"), [("onnx", "onnx"), ("onnx", "onnxruntime"), ("openvino", "onnx"), ("openvino", "openvino")]
+)
+def test_a_missing_package_is_named_before_any_work_and_no_policy_is_blamed(
+    backend: Any, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CheckpointError) as error:
+        export(A, tmp_path / "export", backend)
+    assert str(error.value) == f"{package} is not installed; in the checkout of robopolicy: uv pip install -e '.[export]'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_torch_is_not_needed(good: Path) -> None:

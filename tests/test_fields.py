@@ -355,6 +355,19 @@ def test_samples_go_where_the_cost_is_low_and_no_step_is_too_long(path: Path, ja
     torch.testing.assert_close((far.x0 - field(x, t, CTX).x0).abs(), torch.full_like(x, 0.2))
 
 
+@pytest.mark.parametrize("jacobian", ["true", "identity"])
+def test_a_cost_guides_in_inference_mode_as_without_it(jacobian: Any) -> None:
+    def pushed() -> Pred:
+        x, t, ctx = (torch.linspace(-1, 1, n).reshape(2, *shape) for n, shape in ((6, (1, 3)), (2, ()), (2, (1,))))
+        return Guided(leaf(0, "flow"), cost, 1.0, PARENTS["flow"], jacobian)(x, 0.2 + 0.1 * t.abs(), ctx)
+
+    with torch.inference_mode():
+        found = pushed()
+    wanted = pushed()
+    assert torch.equal(found.x0, wanted.x0)
+    assert torch.equal(found.eps, wanted.eps)
+
+
 def test_a_cap_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_shift"):
         Guided(leaf(0, "flow"), cost, 1.0, PARENTS["flow"], max_shift=0)

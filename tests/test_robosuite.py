@@ -216,7 +216,7 @@ logging.getLogger("robosuite_logs").error("an error comes through")
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "robosuite", None)
-    with pytest.raises(TaskError, match=r"pip install 'robopolicy\[robosuite\]'"):
+    with pytest.raises(TaskError, match=r"pip install -e '\.\[robosuite\]'"):
         adapter.Lift()
 
 

@@ -36,6 +36,18 @@ sampler; every parent as it came; the best parent with as many network calls as 
 and/or, the plain mean by the same stochastic sampler. OUT becomes a policy that every other verb takes."""
 
 
+SEARCHING: dict[str, Any] = {  # the arguments that only --search uses, and their defaults
+    "points": None,
+    "search_episodes": 100,
+    "on": "success",
+    "episodes": 200,
+    "seeds": "test",
+    "num_envs": 50,
+    "workers": 0,
+    "noise_seed": 0,
+}
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("parents", nargs="+", metavar="CKPT", help="two or more run or checkpoint folders; then key=value")
@@ -54,18 +66,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--points",
         type=count,
         metavar="N",
-        help="weights from 0 to 1 to try (default 11; 5 for more parents); guidance: scales from 1 to 3 (default 9)",
+        help="weights from 0 to 1 to try (default 11; 5 for more parents); product: from 0 to the number of parents; "
+        "guidance: scales from 1 to 3 (default 9)",
     )
-    parser.add_argument("--search-episodes", type=count, default=100, metavar="N", help="episodes for each of them (default 100)")
-    parser.add_argument("--on", choices=("success", "score"), default="success", help="what decides: success, or max reward")
+    parser.add_argument("--search-episodes", type=count, metavar="N", help="episodes for each of them (default 100)")
+    parser.add_argument("--on", choices=("success", "score"), help="what decides: success (default), or max reward")
     parser.add_argument("--data", type=Path, metavar="ZARR", help="demonstrations new to the parents, to predict weights from")
     add_run_arguments(parser)
+    parser.set_defaults(**dict.fromkeys(SEARCHING))  # so that one that was given is known from one that was not
 
 
 def run(args: argparse.Namespace) -> int:
     parents = [text for text in args.parents if "=" not in text]
     overrides = [*(text for text in args.parents if "=" in text), *args.overrides]
     _check(args, parents)
+    for name, value in SEARCHING.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
 
     import torch
 
@@ -82,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or _default_folder(args, parents)
     prediction = _predict(args, policy, parents)
     if prediction is not None:
-        print(f"predicted weights  {said(prediction.weights)}   least error on {prediction.windows} held-out chunks")
+        print(f"predicted weights of a mean  {said(prediction.weights)}   least error on {prediction.windows} held-out chunks")
     search = None
     if args.search:
         from robopolicy.compose.search import Search
@@ -104,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         outcome = search.test(found, prediction)
         print("\n".join(outcome.lines()))
         print(f"report  {outcome.write(folder)}")
-    print(f"policy  {folder}   {args.rule}, weights {said(policy.config.weights)}")
+    weights = "" if superposes(args) else f", weights {said(policy.config.weights)}"
+    print(f"policy  {folder}   {args.rule}{weights}")
     return 0
 
 
@@ -136,6 +153,10 @@ def _default_folder(args: argparse.Namespace, parents: list[str]) -> Path:
     return Path("outputs") / f"{args.rule}_of_{'_'.join(Path(parent).name for parent in parents)}"
 
 
+def superposes(args: argparse.Namespace) -> bool:
+    return args.rule in ("and", "or")
+
+
 def said(weights: Any) -> str:
     return " ".join(f"{weight:.2f}" for weight in weights)
 
@@ -146,10 +167,17 @@ def _check(args: argparse.Namespace, parents: list[str]) -> None:
         raise ConfigError(f"{len(parents)} policy to compose; name two checkpoints or more: robopolicy compose A B")
     if args.weights is not None and len(args.weights) != len(parents):
         raise ConfigError(f"--weights gives {len(args.weights)} for {len(parents)} parents; give one each")
-    if args.weights is not None and args.rule in ("and", "or"):
+    if args.weights is not None and superposes(args):
         raise ConfigError(f"rule '{args.rule}' finds its own weights at every step; drop --weights")
     if args.rule == "guidance" and args.data is not None:
         raise ConfigError("--data predicts the weights of a mean; a scale of rule 'guidance' is found by --search alone")
+    if superposes(args) and args.data is not None:
+        raise ConfigError(f"--data predicts the weights of a mean, and rule '{args.rule}' has none; drop it")
+    if superposes(args) and args.points is not None:
+        raise ConfigError(f"rule '{args.rule}' has no weights to try; drop --points")
+    if not args.search and (idle := [name for name in SEARCHING if getattr(args, name) is not None]):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"without --search nothing is run and weights are not chosen; add --search, or drop {named}")
     if args.search and args.weights is not None:
         raise ConfigError("--search finds the weights; drop --weights, or drop --search to save these")
     if args.search and args.seeds == "search":
@@ -181,7 +209,9 @@ def _predict(args: argparse.Namespace, policy: Composed, parents: list[str]) -> 
     from robopolicy.compose.held import held_out
     from robopolicy.compose.predict import predict_weights
 
-    if not (args.search or args.data) or args.rule == "guidance":  # the least error is not beyond both parents
+    if not (args.search or args.data) or superposes(args):  # it has no weights
+        return None
+    if args.rule == "guidance":  # the least error is not beyond both parents
         return None
     windows = held_out(policy, parents, args.data)
     if isinstance(windows, str):

@@ -60,6 +60,8 @@ class Mixture:
             self._check_guidance(sums_to_one, weights)
             self.mixed: Field = Guidance(self.fields[0], self.fields[1], float(weights[0]))
             return
+        if rule == "product" and not (float(given.min()) >= 0 and float(given.sum()) > 0):
+            raise ConfigError(f"weights {list(weights)}: rule product needs exponents, none negative, not all 0")
         if rule != "product" and not (sums_to_one and float(given.min()) >= 0):
             raise ConfigError(f"weights {list(weights)}: rule convex needs one each, none negative, with sum 1")
         total = (have * given).sum(0)

@@ -100,7 +100,8 @@ class Composed(Policy):
         for parent in parents:  # one given twice becomes two: a checkpoint holds no tensor under two names
             own.append(copy.deepcopy(parent) if any(parent is other for other in own) else parent)
         self.parents = nn.ModuleList(own)
-        for index, parent in enumerate(own[1:], start=1):
+        for index, parent in enumerate(own):
+            _check_seen(parent, index)
             _check_same(own[0], parent, index)
         self.rows = [_rows(parent, config) for parent in own]
         self.reference = _reference(own, self.rows, config.horizon)  # the parent whose action normaliser is ours
@@ -269,6 +270,8 @@ def compose(
     """
     if len(parents) < 2:
         raise ConfigError(f"{len(parents)} policy to compose; give at least two")
+    for index, parent in enumerate(parents):  # before its sampler is taken for the composition's
+        _check_seen(parent, index)
     first = parents[0].config
     past = max(parent.n_obs_steps for parent in parents)
     if weights is None:
@@ -313,6 +316,15 @@ def _observations(parents: Sequence[Policy]) -> dict[str, Feature]:
                     f"observation '{name}' is {known} to one parent and {feature} to parent {index}; rename one in data.features"
                 )
     return union
+
+
+def _check_seen(parent: Policy, index: int) -> None:
+    """Raises ConfigError for a superposition: what it sees is only the mean of its parents, AND and OR are made by its walk."""
+    if isinstance(parent, Composed) and parent.config.rule in ("and", "or"):
+        raise ConfigError(
+            f"parent {index} is a composition by rule '{parent.config.rule}', a way of sampling that is lost when it is composed "
+            "again; compose its parents, or a student of it (robopolicy distill --method reflow)"
+        )
 
 
 def _check_same(first: Policy, parent: Policy, index: int) -> None:

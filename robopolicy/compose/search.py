@@ -76,7 +76,7 @@ class Outcome:
             only = _label(self.chosen.weights.index(1.0))
             lines.append(f"the best is parent {only} alone: this composition is that policy; keep the parent")
         if self.prediction is not None:
-            lines.append(f"weights found {_said(self.chosen.weights)}, predicted {_said(self.prediction.weights)}")
+            lines.append(f"weights {self._found_and_predicted(self.prediction)}")
         lines += [
             f"\ntest seeds {seeds[0]} to {seeds[-1]}, not used before; difference: composition minus the other, paired",
             f"  {'composition':<{width}}  success {self.test.success}  mean max reward {self.test.max_reward}",
@@ -98,6 +98,12 @@ class Outcome:
         p = best.pair.mcnemar.p_value if self.on == "success" else best.pair.score_p
         word = "not separated from" if p > 0.05 else "better than" if difference.mean > 0 else "WORSE than"
         return f"verdict: the composition is {word} the best single parent ({best.name}): {difference.signed()}, p = {p:.3g}"
+
+    def _found_and_predicted(self, prediction: Prediction) -> str:
+        """Side by side with sum 1, as a mean's weights are: a product's exponents have another."""
+        total = sum(self.chosen.weights)
+        shares = f" (shares {_said([w / total for w in self.chosen.weights])})" if abs(total - 1) > 1e-6 else ""
+        return f"found {_said(self.chosen.weights)}{shares}, predicted for a mean {_said(prediction.weights)}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -184,13 +190,11 @@ class Outcome:
                 Markup("<tr><td>{}</td><td>{}</td></tr>").format(f"{level.noise_level:.3g}", _said(level.weights))
                 for level in self.prediction.levels
             )
-            body = Markup(
-                "<p>predicted {}, found {}</p><table><tr><th>noise level</th><th>weights of least error</th></tr>{}</table>"
-            )
+            body = Markup("<p>{}</p><table><tr><th>noise level</th><th>weights of least error</th></tr>{}</table>")
             sections.append(
                 Section(
                     "Predicted weights",
-                    body.format(_said(self.prediction.weights), _said(self.chosen.weights), rows),
+                    body.format(self._found_and_predicted(self.prediction), rows),
                     f"From the parents' errors on {self.prediction.windows} held-out demonstrated chunks.",
                 )
             )

@@ -34,7 +34,7 @@ examples:
   robopolicy eval outputs/pusht_flow/export/onnx --episodes 100      # an export is evaluated like its checkpoint
   robopolicy bench latency outputs/pusht_flow/export/onnx
 
-Needs the packages of the extra: pip install 'robopolicy[export]' (torchscript needs none)."""
+Needs the packages of the extra, in the checkout: uv pip install -e '.[export]' (torchscript needs none)."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -86,8 +86,10 @@ def export(
     """
     from robopolicy.deploy import graphs
     from robopolicy.deploy.exported import ExportedPolicy
+    from robopolicy.deploy.runtime import check_installed
     from robopolicy.provenance import provenance
 
+    check_installed(backend)
     final, copied = Path(folder), graphs.exportable(policy, backend)
     if final.exists() and any(final.iterdir()) and not (final / "manifest.json").exists():
         raise CheckpointError(f"'{final}' holds other files than an export; give an empty or new folder with --out")
@@ -168,7 +170,7 @@ def walk(policy: Policy) -> tuple[Step, ...]:
         if getattr(sampler, "superposes", False):
             raise ConfigError(
                 "export: a composition by rule and/or is walked in a way that graphs cannot express; "
-                "compose with rule convex or product, or distil the policy and export the student"
+                "compose with rule convex or product, or export a student of it (robopolicy distill --method reflow)"
             )
         raise ConfigError(
             f"export: sampler '{policy.config.sampler['type']}' walks in a way of its own, which is not in the graphs; "
@@ -310,18 +312,14 @@ def _to_onnx(part: Part, examples: tuple[Tensor, ...], file: Path) -> None:
             opset_version=OPSET,
             dynamo=False,
         )
-    except ImportError as error:
-        raise CheckpointError(f"export: {error.name} is not installed; pip install 'robopolicy[export]'") from error
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"export: a part of this policy has no ONNX operator ({reason}); try --to torchscript") from error
 
 
 def _to_openvino(file: Path) -> Path:
-    try:
-        import openvino
-    except ImportError as error:
-        raise CheckpointError("export: openvino is not installed; pip install 'robopolicy[export]'") from error
+    import openvino
+
     model = openvino.Core().read_model(str(file))  # convert_model would do too, but it also reports to its makers
     openvino.save_model(model, str(file.with_suffix(".xml")), compress_to_fp16=False)
     file.unlink()
@@ -343,5 +341,6 @@ def _origin(checkpoint: str | Path | None) -> dict[str, Any]:
 def _versions(backend: Backend) -> dict[str, str]:
     from importlib.metadata import version
 
-    names = {"onnx": ("torch", "onnx", "onnxruntime"), "openvino": ("torch", "onnx", "openvino"), "torchscript": ("torch",)}
-    return {name: version(name) for name in names[backend]}
+    from robopolicy.deploy.runtime import NEEDS
+
+    return {name: version(name) for name in NEEDS[backend]}

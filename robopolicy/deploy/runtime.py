@@ -18,9 +18,21 @@ from typing import Any
 import numpy as np
 
 from robopolicy.deploy.manifest import Backend
-from robopolicy.errors import CheckpointError
+from robopolicy.errors import CheckpointError, install
+
+NEEDS: Mapping[Backend, tuple[str, ...]] = {
+    "onnx": ("torch", "onnx", "onnxruntime"),
+    "openvino": ("torch", "onnx", "openvino"),
+    "torchscript": ("torch",),
+}  # to make a graph, and to hold it to torch
 
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+
+
+def check_installed(backend: Backend) -> None:
+    """Raises CheckpointError unless all is there to make a graph, and to hold it to torch."""
+    for name in NEEDS[backend]:
+        _import(name)
 
 
 def open_graph(path: Path, backend: Backend, threads: int = 1) -> Run:
@@ -36,7 +48,7 @@ def open_graph(path: Path, backend: Backend, threads: int = 1) -> Run:
     except Exception as error:  # runtimes have exceptions of many kinds, most of them bare RuntimeError
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"export: {backend} cannot load '{path}' ({reason}); export again with these versions, or --to another"
+            f"{backend} cannot load '{path}' ({reason}); export again with these versions, or --to another"
         ) from error
 
 
@@ -116,4 +128,4 @@ def _import(name: str) -> ModuleType | Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise CheckpointError(f"export: {name} is not installed; pip install 'robopolicy[export]'") from error
+        raise CheckpointError(f"{name} is not installed; {install('export')}") from error

@@ -16,18 +16,20 @@ class Spread(NamedTuple):
         energy: Energy distance of the two sets, in units of the mean distance of two chunks of the teacher; 0 when alike.
         off_support: Share of the student's chunks that are further from every chunk of the teacher than 95 % of the teacher's own
             are from the others; .05 when alike.
-        same_noise: Root mean square of student minus teacher from the same noise, in units of the teacher's std.
+        same_noise: Root mean square of student minus teacher from the same noise, in units of the teacher's std; None for a
+            teacher whose chunks are no function of it.
     """
 
     std_ratio: float
     energy: float
     off_support: float
-    same_noise: float
+    same_noise: float | None
 
     def __str__(self) -> str:
+        again = "" if self.same_noise is None else f", error from the same noise {self.same_noise:.2f} of its std"
         return (
             f"spread: std {self.std_ratio:.2f} of the teacher's, energy distance {self.energy:.3f}, "
-            f"off its support {self.off_support:.1%}, error from the same noise {self.same_noise:.2f} of its std"
+            f"off its support {self.off_support:.1%}{again}"
         )
 
 

@@ -87,7 +87,8 @@ def sample_pairs(
                 value = normalizer.normalize(obs[name].float().to(policy.device))
                 value = value + obs_noise * randn(value.shape, generator, device=policy.device)
                 obs[name] = normalizer.unnormalize(value).cpu()
-            clean = teacher.sample(teacher.encode({n: v.to(policy.device) for n, v in obs.items()}), noise.to(policy.device))
+            ctx = teacher.encode({n: v.to(policy.device) for n, v in obs.items()})
+            clean = teacher.sample(ctx, noise.to(policy.device), generator)
             for name, value in {"noise": noise, "clean": clean.cpu(), **{n: obs[n] for n in vectors}}.items():
                 parts[name].append(value)
             bar.update(len(rows))

@@ -39,9 +39,10 @@ def compare_spread(teacher: Teacher, student: Policy, obs: dict[str, torch.Tenso
     contexts = teacher.encode(obs), student.encode(obs)
     for number in range(len(contexts[0])):
         noise = torch.randn(noises, *shape, generator=generator).to(student.device)
-        theirs.append(teacher.sample(contexts[0][number].expand(noises, -1), noise))
+        theirs.append(teacher.sample(contexts[0][number].expand(noises, -1), noise, generator))
         ours.append(from_noise(student, contexts[1][number].expand(noises, -1), noise, generator))
-    return spread(torch.stack(theirs), torch.stack(ours))
+    found = spread(torch.stack(theirs), torch.stack(ours))
+    return found._replace(same_noise=None) if teacher.draws else found
 
 
 def final_test(distiller: Distiller, episodes: int) -> Comparison:
@@ -65,13 +66,14 @@ def final_test(distiller: Distiller, episodes: int) -> Comparison:
 def non_inferiority(comparison: Comparison, margin: float = MARGIN) -> str:
     """Whether the student (the second policy) is worse than the teacher by less than ``margin``, in words.
 
-    The lower end of a two-sided 95 % interval is that of a one-sided test at 2.5 %.
+    The lower end of a two-sided 95 % interval is that of a one-sided test at 2.5 %. It is approximate, and too short for few
+    episodes: what the exact paired test cannot tell from equal is not called worse.
     """
-    difference = comparison.pairs[0].success
+    difference, p = comparison.pairs[0].success, comparison.pairs[0].mcnemar.p_value
     shown = f"student - teacher {difference.signed()} on {comparison.shared} paired seeds"
     if difference.low > -margin:
         return f"not worse by {margin:.0%}: {shown}"
-    if difference.high < -margin:
+    if difference.high < -margin and p <= comparison.alpha:
         return f"worse by more than {margin:.0%}: {shown}"
     return f"no verdict on a margin of {margin:.0%}: {shown}"
 

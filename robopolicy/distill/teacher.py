@@ -1,4 +1,7 @@
-"""``Teacher``: any policy, asked for its own samples from given noise, or for its velocity on the linear path."""
+"""``Teacher``: any policy, asked for its own samples from given noise, or for its velocity on the linear path.
+
+A superposition (AND, OR) draws noise on the way: its samples can be learnt, but they are no function of the first noise.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robopolicy.compose.superpose import SUPERPOSE, Superpose
 from robopolicy.config import component
 from robopolicy.errors import ConfigError
 from robopolicy.generative.fields import OnPath
 from robopolicy.generative.path import LinearFlow, broadcast_time
-from robopolicy.generative.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, Sampler, clip_pred
+from robopolicy.generative.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, Generators, Sampler, clip_pred
 from robopolicy.policy import Policy
 
 _LINEAR = LinearFlow()
@@ -23,22 +27,32 @@ class Teacher:
 
     Args:
         policy: The teacher: diffusion or flow, fine-tuned or composed.
-        sampler: How it is sampled, instead of its own; it must be a function of its first noise.
+        sampler: How it is sampled, instead of its own: a function of its first noise; of a superposition, one of the same mode.
 
     Raises:
-        ConfigError: The sampler draws noise on the way and has no counterpart that does not.
+        ConfigError: The sampler draws noise on the way and has no counterpart that does not, or does not superpose as it must.
 
     Attributes:
         calls: Network calls that were made for one chunk each, so far.
+        draws: Whether its chunks are draws, no function of its first noise: those of a superposition.
+        flows: Whether its sampler walks its field as it is; one with a walk of its own may add to it on the way.
     """
 
     def __init__(self, policy: Policy, sampler: Mapping[str, Any] | None = None) -> None:
         self.policy = policy.eval().requires_grad_(False)
         self.sampler = _deterministic(policy) if sampler is None else _build(sampler)
+        self.draws, self.flows = draws(policy), type(self.sampler).sample is Sampler.sample
+        if isinstance(policy.sampler, Superpose) and _mode(self.sampler) != _mode(policy.sampler):
+            raise ConfigError(
+                f"the teacher is a composition by rule '{_mode(policy.sampler)}', which is a way of sampling: by sampler "
+                f"'{dict(sampler or {}).get('type')}' it would be the plain mean; drop --teacher-sampler, or give "
+                f"'{{type: {SUPERPOSE}, mode: {_mode(policy.sampler)}, num_steps: 30}}'"
+            )
         self.on_linear = OnPath(policy.field, policy.path, _LINEAR)
         self.networks, self.calls = policy.networks, 0
         try:
-            self.sample(torch.zeros(1, policy.ctx_dim), torch.zeros(1, policy.config.horizon, policy.action_transform.dim))
+            noise = torch.zeros(1, policy.config.horizon, policy.action_transform.dim)
+            self.sample(torch.zeros(1, policy.ctx_dim), noise, torch.Generator().manual_seed(0) if self.draws else None)
         except ValueError as error:  # it asked for a generator
             raise ConfigError(
                 f"the teacher's sampler {dict(sampler or policy.config.sampler)} draws noise on the way, so its chunks are no "
@@ -58,12 +72,12 @@ class Teacher:
             return self.policy.encode({name: obs[name] for name in self.policy.observation_features})
 
     @torch.no_grad()
-    def sample(self, ctx: Tensor, noise: Tensor) -> Tensor:
-        """The normalised chunks ``[B, H, A]`` that it makes of unit ``noise [B, H, A]``."""
+    def sample(self, ctx: Tensor, noise: Tensor, generator: Generators | None = None) -> Tensor:
+        """The normalised chunks ``[B, H, A]`` that it makes of unit ``noise [B, H, A]``, and, if it :attr:`draws`, of more."""
         self.calls += len(noise) * self.nfe
         policy = self.policy
         with torch.autocast(policy.device.type, enabled=False):
-            return policy.walk(policy.start(noise), ctx, sampler=self.sampler).x0
+            return policy.walk(policy.start(noise), ctx, generator, sampler=self.sampler).x0
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
@@ -88,6 +102,15 @@ class Teacher:
         there = self.velocity(ahead, u.clamp_min(1e-6), ctx)
         mean = torch.where(broadcast_time(u, x) > 1e-9, (velocity + there) / 2, velocity)
         return x + broadcast_time(u - t, x) * mean
+
+
+def draws(policy: Policy) -> bool:
+    """Whether the policy is a superposition, which is not what it is without the noise that it draws on the way."""
+    return isinstance(policy.sampler, Superpose)
+
+
+def _mode(sampler: Sampler) -> str | None:
+    return sampler.config.mode if isinstance(sampler, Superpose) else None
 
 
 def _deterministic(policy: Policy) -> Sampler:

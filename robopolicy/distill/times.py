@@ -33,17 +33,17 @@ def check_walk(policy: Policy, checkpoint: str) -> None:
     That would run, and give any chunk at all.
     """
     document = read_document(find_policy(checkpoint) / "policy")
-    for name, config, provenance in _networks(f"'{checkpoint}'", document, document.get("provenance", {})):
+    for name, config, provenance in lineage(f"'{checkpoint}'", document, document.get("provenance", {})):
         _check(policy, name, config, provenance)
 
 
-def _networks(
+def lineage(
     name: str, document: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """Name, config and provenance of a policy and of its parents, and theirs, as far as it says where they come from."""
     yield name, document["config"], provenance
     for part, origin in zip(document.get("parents", ()), provenance.get("parents", ()), strict=False):
-        yield from _networks(f"{name}, of which '{origin['checkpoint']}'", part, origin["provenance"])
+        yield from lineage(f"{name}, of which '{origin['checkpoint']}'", part, origin["provenance"])
 
 
 def _check(policy: Policy, name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:

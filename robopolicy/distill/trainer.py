@@ -43,6 +43,7 @@ class Distiller(Trainer):
             override_noise(policy, experiment.teacher_noise, experiment.teacher)
             check_walk(policy, experiment.teacher)
         self.teacher = Teacher(policy, experiment.teacher_sampler)
+        self.method.check(self.teacher)
         self.teacher_origin = {
             "path": experiment.teacher,
             "digest": str(read_document(folder / "policy").get("sha256")),
@@ -129,14 +130,22 @@ class Distiller(Trainer):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """``val/same_noise``: root mean square of student minus teacher from the same noise, in normalised actions. The map from
-        noise to chunk is what all one-step methods are after; only the baselines cannot learn it."""
-        policy, squared, generator = self.averaged_policy, 0.0, torch.Generator().manual_seed(_HELD_OUT_SEED)
+        noise to chunk is what all one-step methods are after; only the baselines cannot learn it. Of a teacher whose chunks are
+        draws there is no such map: ``val/loss`` is then the method's own."""
+        if self.teacher.draws and self.method.from_data:
+            return {}
+        policy, total, generator = self.averaged_policy, 0.0, torch.Generator().manual_seed(_HELD_OUT_SEED)
+        models = Models(policy, policy, self.teacher)
         windows = self.data.train if self.data.val is None else self.data.val
         for rows in np.array_split(np.arange(len(self.held_out)), -(-len(self.held_out) // 256)):
             batch = to_tensors(self.held_out.batch(rows, windows, images=self.images), self.device)
-            made = from_noise(policy, policy.encode(batch["obs"]), batch["noise"], generator)
-            squared += float((made - batch["clean"]).square().sum())
-        return {"val/same_noise": (squared / self.held_out.clean.size) ** 0.5}
+            if self.teacher.draws:
+                loss = self.method.loss(Samples(batch["obs"], batch["noise"], batch["clean"], None), models, generator)
+                total += float(loss) * len(rows) / len(self.held_out)
+            else:
+                made = from_noise(policy, policy.encode(batch["obs"]), batch["noise"], generator)
+                total += float((made - batch["clean"]).square().sum())
+        return {"val/loss": total} if self.teacher.draws else {"val/same_noise": (total / self.held_out.clean.size) ** 0.5}
 
     # -- the run -------------------------------------------------------------------------------------------------------------
 

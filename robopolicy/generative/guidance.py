@@ -75,9 +75,10 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, ctx: Tensor, /) -> Pred:
         alpha, sigma = (broadcast_time(value, x) for value in self.path.coefficients(t))
-        with torch.enable_grad():  # evaluation runs without gradients
+        with torch.inference_mode(False), torch.enable_grad():  # evaluation runs without gradients
+            x, t, ctx = x.detach().clone(), t.clone(), ctx.clone()  # made in inference mode they take no gradient, copies do
             if self.jacobian == "true":
-                state = x.detach().requires_grad_()
+                state = x.requires_grad_()
                 pred = self.field(state, t, ctx)
                 if not pred.x0.requires_grad:
                     raise ConfigError(

@@ -13,7 +13,7 @@ import torch
 from robopolicy.config import load_yaml, parse
 from robopolicy.data.actions import ActionTransform
 from robopolicy.data.normalize import Normalizer
-from robopolicy.distill.times import trained_times
+from robopolicy.distill.times import lineage, trained_times
 from robopolicy.errors import ConfigError
 from robopolicy.policy import Policy, PolicyConfig, action_statistics_size, load_policy, normalizer_modes, read_provenance
 from robopolicy.rl.config import FinetuneConfig
@@ -41,14 +41,15 @@ def load_base(config: FinetuneConfig, device: torch.device) -> Base:
         policy = untrained(settings, config.task.spec, config.seed).to(device)
         return Base(policy, digest, {"source": "from scratch"})
     folder = find_policy(config.base)
-    provenance = read_provenance(folder)
-    if trained_times(provenance) is not None:
-        raise ConfigError(
-            f"'{config.base}' was distilled by {provenance['method']['type']}: its network knows only the times of its own "
-            "steps, and fine-tuning walks it through others; finetune its teacher "
-            f"('{provenance['teacher'].get('path')}') and distil that, or distil by reflow"
-        )
-    return Base(load_policy(folder, device), str(read_document(folder / "policy").get("sha256")), provenance)
+    document, provenance = read_document(folder / "policy"), read_provenance(folder)
+    for name, _, made in lineage(f"'{config.base}'", document, provenance):
+        if trained_times(made) is not None:
+            raise ConfigError(
+                f"{name} was distilled by {made['method']['type']}: its network knows only the times of its own "
+                f"steps, and fine-tuning walks it through others; finetune its teacher ('{made['teacher'].get('path')}') and "
+                "distil that, or distil by reflow"
+            )
+    return Base(load_policy(folder, device), str(document.get("sha256")), provenance)
 
 
 def untrained(config: PolicyConfig, spec: TaskSpec, seed: int, num_steps: int = 2_000) -> Policy:

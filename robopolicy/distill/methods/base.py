@@ -16,6 +16,7 @@ from torch import Tensor
 
 from robopolicy import config as base
 from robopolicy.distill.teacher import Teacher
+from robopolicy.errors import ConfigError
 from robopolicy.generative.losses import draw_times
 from robopolicy.generative.path import broadcast_time
 from robopolicy.generative.sampler import randn
@@ -53,10 +54,15 @@ class Method(ABC):
 
     Attributes:
         DEFAULTS: What its runs start from, below the command line; a partial ``DistillConfig``.
+        OF_DRAWS: What the student's policy has instead where the teacher's chunks are draws, no function of its noise (rules
+            ``and`` and ``or``). None: it cannot learn from those.
+        ASKS_FLOW: Whether it asks for the teacher's velocity besides its samples.
     """
 
     Config: ClassVar[type[base.Config]]
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    OF_DRAWS: ClassVar[Mapping[str, Any] | None] = None
+    ASKS_FLOW: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -70,6 +76,21 @@ class Method(ABC):
     def times(self) -> tuple[float, ...] | None:
         """The only times at which the student's network is trained; None: everywhere. A sampler must not stop at others."""
         return None
+
+    def check(self, teacher: Teacher) -> None:
+        """Raises ConfigError for a teacher that it cannot learn from."""
+        if self.from_data:
+            return
+        if teacher.draws and self.OF_DRAWS is None:
+            raise ConfigError(
+                "a composition by rule and/or draws its chunks, so they are no function of the first noise, which this method "
+                "learns; distil it by --method reflow, which learns its samples, and then that student by this one"
+            )
+        if self.ASKS_FLOW and not teacher.flows:
+            raise ConfigError(
+                "the teacher's sampler walks in a way of its own, and this method asks for the field alone; take --method "
+                "same_noise or reflow, which learn from its samples"
+            )
 
     @abstractmethod
     def policy(self) -> Mapping[str, Any]:

@@ -33,6 +33,7 @@ class Consistency(Method):
         loss: Literal["huber", "square"] = "huber"
 
     DEFAULTS = {"train": {"precision": "fp32"}}  # it learns from differences that bfloat16 would round away
+    ASKS_FLOW = True
 
     def policy(self) -> Mapping[str, Any]:
         return {"prediction": "flow", "sampler": {"type": "consistency", "num_steps": 1}}

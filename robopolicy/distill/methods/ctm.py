@@ -43,6 +43,7 @@ class CTM(Method):
         denoising: float = pydantic.Field(default=1.0, ge=0)
 
     DEFAULTS = {"train": {"precision": "fp32"}}  # it learns from differences that bfloat16 would round away
+    ASKS_FLOW = True
 
     def policy(self) -> Mapping[str, Any]:
         return JUMP

@@ -36,6 +36,7 @@ class MeanFlow(Method):
         floor: float = pydantic.Field(default=0.01, gt=0)
 
     DEFAULTS = {"train": {"precision": "fp32"}}  # derivatives in time are too fine for bfloat16
+    ASKS_FLOW = True
 
     def policy(self) -> Mapping[str, Any]:
         return JUMP

@@ -6,7 +6,7 @@ Its ``t*`` is .9 of the way to the data: here the second call is at ``t = 1 - t*
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -25,6 +25,7 @@ class MIP(Method):
         second: float = pydantic.Field(default=0.1, gt=0, lt=1)  # time of the second call
 
     DEFAULTS = {"warm_start": False}
+    OF_DRAWS: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def times(self) -> tuple[float, ...]:

@@ -2,6 +2,9 @@
 
 Liu et al. 2023 (arXiv 2209.03003). Pairs are drawn as the teacher joins them, not at random, so that straight lines between them
 cross less, and few Euler steps suffice. At ``t = 1`` its loss is that of ``same_noise``.
+
+However noise and chunk are joined, the flow between them ends in the distribution of the chunks: a teacher whose chunks are draws
+(rules ``and`` and ``or``) is learnt, too, but by crossing lines. That takes steps: one would give the mean.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ class Reflow(Method):
 
     class Config(base.Config):
         pass
+
+    OF_DRAWS = {"sampler": {"type": "euler", "num_steps": 10}}
 
     def policy(self) -> Mapping[str, Any]:
         return {"prediction": "flow", "sampler": {"type": "euler", "num_steps": 1}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Regression(Method):
         source: Literal["teacher", "data"] = "teacher"  # of the actions
 
     DEFAULTS = {"warm_start": False}
+    OF_DRAWS: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def times(self) -> tuple[float, ...]:

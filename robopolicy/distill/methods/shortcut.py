@@ -33,6 +33,7 @@ class Shortcut(Method):
         bootstrapped: float = pydantic.Field(default=0.25, gt=0, lt=1)
 
     DEFAULTS = {"train": {"precision": "fp32"}}
+    ASKS_FLOW = True
 
     def policy(self) -> Mapping[str, Any]:
         return JUMP
