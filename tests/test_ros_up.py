@@ -224,6 +224,9 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=ros.environment, stdin=pipe, stdout=pipe, text=True) as process, ExitStack() as last:
         last.callback(process.terminate)  # or a failure would wait for it for ever
+        limit = threading.Timer(120.0, process.terminate)  # whatever is not said, reading ends
+        limit.start()
+        last.callback(limit.cancel)
         assert process.stdin is not None
         assert process.stdout is not None
         seen: list[str] = []
