@@ -204,7 +204,7 @@ def test_a_command_that_is_none_holds_the_arm(command: Any) -> None:
 @pytest.mark.parametrize(
     "bad",
     [[None, 0.0], ["a", "b"], "ab", [10**400, 0], np.array([1j, 0.0]), [[0.0], [0.0, 0.0]], object(), [True, False]],
-    ids=str,
+    ids=["none", "texts", "text", "huge", "complex", "ragged", "object", "truth"],
 )
 @pytest.mark.parametrize("who", ["state", "command"])
 def test_what_is_no_number_holds_the_arm_like_nan(who: str, bad: Any) -> None:
