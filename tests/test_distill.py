@@ -218,7 +218,7 @@ def test_a_superposition_is_never_taught_as_the_mean(
     arguments: list[str], text: str, superposed: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(["distill", superposed, *arguments, "--data", str(store), "--out", str(out), *SHORT]) == 2
+    assert main(["distill", superposed, *arguments, "--steps", "2", "--data", str(store), "--out", str(out), *SHORT]) == 2
     said = capsys.readouterr().err
     assert text in said
     assert said.count("\n") == 1
@@ -261,7 +261,7 @@ def test_a_sampler_with_a_walk_of_its_own_is_not_asked_for_its_field(
     made = load_policy(teacher).varied(sampler={"type": "walks:Own", "num_steps": 2})
     own = str(made.save(tmp_path / "own", {"task": TASK}))
     for method in ("ctm", "consistency", "meanflow", "shortcut"):
-        arguments = ["--data", str(store), "--method", method, "--out", str(tmp_path / method)]
+        arguments = ["--data", str(store), "--method", method, "--steps", "2", "--out", str(tmp_path / method)]
         assert main(["distill", own, *arguments, *SHORT]) == 2
         assert "asks for the field alone" in capsys.readouterr().err
     arguments = ["--data", str(store), "--steps", "2", "--out", str(tmp_path / "same")]
