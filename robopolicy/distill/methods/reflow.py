@@ -4,7 +4,8 @@ Liu et al. 2023 (arXiv 2209.03003). Pairs are drawn as the teacher joins them, n
 cross less, and few Euler steps suffice. At ``t = 1`` its loss is that of ``same_noise``.
 
 However noise and chunk are joined, the flow between them ends in the distribution of the chunks: a teacher whose chunks are draws
-(rules ``and`` and ``or``) is learnt, too, but by crossing lines. That takes steps: one would give the mean.
+(rules ``and`` and ``or``) is learnt, too, with fresh noise beside each chunk every time (pairs that follow from nothing would be
+learnt by heart). The lines then cross, and that takes steps: one would give the mean.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from robopolicy import config as base
 from robopolicy.distill.methods.base import Method, Models, Samples, mean_square, times
 from robopolicy.generative.path import broadcast_time
+from robopolicy.generative.sampler import randn
 
 
 class Reflow(Method):
@@ -34,7 +36,10 @@ class Reflow(Method):
     def loss(self, batch: Samples, models: Models, generator: torch.Generator) -> Tensor:
         student = models.student
         t = times(batch, student, generator)
-        start = student.path.prior(student.config.initial_noise * batch.noise)
+        noise = batch.noise
+        if models.teacher.draws:
+            noise = randn(noise.shape, generator, device=noise.device, dtype=noise.dtype)
+        start = student.path.prior(student.config.initial_noise * noise)
         time = broadcast_time(t, start)
         x = (1 - time) * batch.clean + time * start
         x_in, t_in = student.path.net_input(x, t)
