@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from robopolicy.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DTYPES = ("float32", "float64", "uint8", "uint16", "int8", "int16", "int32", "int64", "bool")
 
@@ -97,7 +98,7 @@ def check_batch(rows: Mapping[str, int]) -> None:
 
 def bad_actions(actions: np.ndarray, largest: Mapping[str, float]) -> DataError:
     """What is wrong where a policy answers with NaN or infinity; ``largest``: of each observation, the largest entry."""
-    row = int(np.argmin(np.isfinite(actions).reshape(len(actions), -1).all(1)))
+    row = next(i for i, chunk in enumerate(actions) if not (abs(chunk) < math.inf).all())
     name = max(largest, key=lambda name: largest[name])
     return DataError(
         f"the policy answers row {row} of the batch with NaN or infinity: its training diverged (take an earlier checkpoint), or "
