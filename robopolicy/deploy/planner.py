@@ -53,7 +53,8 @@ class Planner(ABC):
         if self.asks_field and getattr(policy.sampler, "superposes", False):
             raise ConfigError(
                 f"planner '{type(self).__name__}' guides what the policy sees, and a composition by rule and/or is not seen but "
-                "sampled; use planner plain, rti or bid, compose with rule convex or product, or distil"
+                "sampled; use planner plain, rti or bid, compose with rule convex or product, or take a student of it "
+                "(robopolicy distill --method reflow)"
             )
         self.policy = policy
         self.now: int = policy.n_obs_steps - 1
