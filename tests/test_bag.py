@@ -381,6 +381,22 @@ def test_a_person_s_hand_is_never_replayed(topic: str, commands: bool, tmp_path:
     assert topic not in choose(profile=str(tmp_path / "odd.yaml"))[0], "also where a profile reads it"
 
 
+@pytest.mark.parametrize("commands", [False, True])
+def test_a_permit_is_never_replayed(commands: bool, tmp_path: Path) -> None:
+    """A recorded true would let an arm be commanded that takes no commands now."""
+    program = "io_and_status_controller/robot_program_running"
+    types = {"/joint_states": JOINT_STATE} | dict.fromkeys([f"/{program}", f"/left/{program}"], "std_msgs/msg/Bool")
+    for name in (program, f"/left/{program}"):
+        with pytest.raises(BagError, match="it is a permit, .* never replayed$"):
+            bagging.choose(types, load_profile("ur5e"), [name], commands=commands)
+    told: list[str] = []
+    assert bagging.choose(types, load_profile("ur5e"), commands=commands, told=told.append) == {"/joint_states"}
+    assert [("is a permit" in line) for line in told] == [True, True]
+    (tmp_path / "odd.yaml").write_text("base: virtual\nsuccess: /runs\npermits: {program: {topic: /runs}}\n")
+    types = {"/joint_states": JOINT_STATE, "/runs": "std_msgs/msg/Bool"}
+    assert bagging.choose(types, load_profile(tmp_path / "odd.yaml")) == {"/joint_states"}, "also where a profile reads it"
+
+
 def test_a_namespace_is_the_bag_s_and_a_topic_that_is_not_there_is_told() -> None:
     told: list[str] = []
     types = {"/left/joint_states": JOINT_STATE, "/joint_states": JOINT_STATE}

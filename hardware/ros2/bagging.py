@@ -22,7 +22,7 @@ _DISCOVERY = 5.0  # [s] at most for subscribers to be found before a replay: on 
 _TELL = 1.0  # [s]
 _LATCHED = ("std_msgs/msg/Bool", "std_msgs/msg/String")  # states, of which the last one holds
 _MEASURED = ("state", "gripper_state", "success")  # keys of topics, beside inputs
-_HANDS = (ESTOP, DEADMAN)  # in any namespace
+_HANDS = (ESTOP, DEADMAN)  # in any namespace, as permits
 
 
 def profile_topics(profile: RosProfile) -> dict[str, str]:
@@ -116,7 +116,7 @@ def replay(
     """Publish the messages of a bag, at their times from each other; messages of each topic.
 
     Only what the profile reads: measurements and inputs. ``topics`` are some of them, and with ``commands`` any others, too; but
-    never an emergency stop or a deadman, which are a person's. Header stamps are moved to now, for whoever watches their ages;
+    never an emergency stop or a deadman, which are a person's, or a permit, which is the arm's. Header stamps are moved to now, for whoever watches their ages;
     ``keep_stamps`` leaves them.
 
     Raises:
@@ -168,8 +168,14 @@ def choose(
     def full(name: str) -> str:
         return name if name.startswith("/") else f"{prefix}/{name}"
 
-    def by_hand(name: str) -> bool:
-        return name.split("/")[-1] in _HANDS
+    permits = [f"/{permit.topic.strip('/')}" for permit in (profile.permits or {}).values()]
+
+    def never(name: str) -> str:
+        if name.split("/")[-1] in _HANDS:
+            return "it speaks for a person's hand, and no recording may; it is never replayed"
+        if any(name.endswith(permit) for permit in permits):
+            return "it is a permit, and no recording may say that an arm takes commands; it is never replayed"
+        return ""
 
     robot, asked = robot_topics(profile), {full(name) for name in topics}
     sent = {full(topic.name) for topic in robot if topic.direction == "out"}
@@ -178,8 +184,8 @@ def choose(
 
     def why(name: str) -> str:
         """It is not replayed; empty: it is."""
-        if by_hand(name):
-            return "it speaks for a person's hand, and no recording may; it is never replayed"
+        if reason := never(name):
+            return reason
         if commands and name in asked:
             return ""
         if name not in read:
@@ -189,7 +195,7 @@ def choose(
 
     for name in sorted(asked):
         if reason := why(name):
-            mend = "" if by_hand(name) else "; say --commands if nothing can be hit"
+            mend = "" if never(name) else "; say --commands if nothing can be hit"
             raise BagError(f"'{name}': {reason}{mend}")
         if name not in types:
             told(f"'{name}' is not in the bag")
