@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from hardware.ros2.deployment import DeployConfig
 from hardware.ros2.imported import import_bags
 from hardware.ros2.profile import load_profile, profile_names
 from hardware.ros2.recording import RecordingConfig
-from hardware.ros2.runtime import RosClock
+from hardware.ros2.runtime import Ros, RosClock
 from hardware.ros2.shadow import shadow
 from robopolicy import cli
 from robopolicy.data.check import check
@@ -486,6 +487,21 @@ def test_the_seconds_of_a_recording_begin_with_its_first_message(ros: Sandbox, t
     assert recorder.wait(1) == 0, recorder.output()
     with open_bag(tmp_path / "bag") as opened:
         assert opened.seconds > 0.8
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_recording_to_which_nothing_comes_ends_without_a_bag(
+    storage: Storage, ros: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bagging, "_PATIENCE", 0.3)
+    with Ros(signals=False) as own, pytest.raises(BagError, match=r"no message has come within 0\.5 s, and there is no bag"):
+        late = threading.Timer(60.0, own.stop)
+        late.start()
+        try:
+            bagging.record(own, tmp_path / "bag", ["nothing"], storage=storage, seconds=0.2, told=lambda _: None)
+        finally:
+            late.cancel()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_recording_of_no_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ _LOOK = 0.5  # [s] between looks for topics that have appeared
 _OTHERS = 1.0  # [s] for other publishers to be found before a replay
 _DISCOVERY = 5.0  # [s] at most for subscribers to be found before a replay: on a busy computer it took 3.6
 _TELL = 1.0  # [s]
+_PATIENCE = 15.0  # [s] beyond its seconds that a recording waits for its first message
 _LATCHED = ("std_msgs/msg/Bool", "std_msgs/msg/String")  # states, of which the last one holds
 _MEASURED = ("state", "gripper_state", "success")  # keys of topics, beside inputs
 _HANDS = (ESTOP, DEADMAN)  # in any namespace, as permits
@@ -49,7 +51,8 @@ def record(
     ``seconds`` are those after the first message: on a busy computer it takes seconds to find a publisher.
 
     Raises:
-        BagError: The bag cannot be written (any more). What was written until a second before is in it.
+        BagError: The bag cannot be written (any more), what was written until a second before is in it; or there are ``seconds``
+            and nothing has come for 15 s more, and there is no bag.
     """
     node = ros.node("robopolicy_bag", namespace=namespace or None)
     wanted = {node.resolve_topic_name(name) for name in topics}
@@ -67,13 +70,22 @@ def record(
             if now - state["told"] >= _TELL:
                 state["told"] = now
                 told(f"{passed:.0f} s, {sum(writer.counts.values())} messages" if writer.counts else "no message yet")
+            if seconds is not None and not writer.counts and now - began > seconds + _PATIENCE:
+                return True
             return writer.error is not None or (seconds is not None and passed > seconds)
 
+        began = time.monotonic()
         ros.spin(look)
     for name in sorted(wanted):
         told(f"nobody published '{name}'; it is not in the bag")
     if writer.error is not None:
         raise writer.error
+    if seconds is not None and not writer.counts and not ros.stopping.is_set():
+        shutil.rmtree(out)
+        raise BagError(
+            f"no message has come within {seconds + _PATIENCE:g} s, and there is no bag; start the driver, or check --namespace "
+            "and ROS_DOMAIN_ID"
+        )
     return writer.counts
 
 
