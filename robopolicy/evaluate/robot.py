@@ -46,7 +46,7 @@ ENTRY_POINTS = "robopolicy.robots"
 _LIMITS = "arm"  # of robots that bring none of their own: our arm's
 _GRACE = 1e-6  # [s]
 _POLL = 0.05  # [s] between looks for stops while a person is waited for
-_RIVAL = "rival"  # begins the cause of stops that are no doing of the policy's
+_ROBOTS_OWN = ("rival", "permit")  # begin the causes of stops that are no doing of the policy's
 
 
 class OnRobot(NamedTuple):
@@ -363,14 +363,17 @@ def _hear(robot: Any, loop: ControlLoop, name: str) -> None:
 
 
 def _episode(loop: ControlLoop, robot: Any, seed: int, seconds: float, stops: Counter[str]) -> Rollout:
-    """Raises EvaluationError where a second master ended it, which says nothing of the policy. A person's stop is a failure."""
+    """Raises EvaluationError where a second master or the end of a permit ended it, which say nothing of the policy.
+
+    A person's stop is a failure.
+    """
     begun = loop.clock.now()
     loop.run(seconds, until=lambda: robot.success)
     success = bool(robot.success)
     if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED):
         cause = loop.arbiter.status.cause
         stops[cause.partition(":")[0]] += 1
-        if cause.startswith(_RIVAL):
+        if cause.startswith(_ROBOTS_OWN):
             raise EvaluationError(f"the episode of seed {seed} was stopped and does not count, {cause}")
     rows = max(1, round((loop.clock.now() - begun + _GRACE) / loop.row))
     episode = Episode(seed=seed, success=success, max_reward=float(success), total_reward=float(success), length=rows)
