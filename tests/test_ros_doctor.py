@@ -405,7 +405,7 @@ def test_without_rclpy_the_rest_is_still_checked(monkeypatch: pytest.MonkeyPatch
 def test_listening_takes_some_time_and_ends(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["doctor", "ros", f"--seconds={seconds}"])
-    assert "is not a time above 0" in capsys.readouterr().err
+    assert "is not a number above 0" in capsys.readouterr().err
 
 
 def test_a_profile_that_is_not_there_is_answered_in_sentences() -> None:
