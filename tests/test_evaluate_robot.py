@@ -274,7 +274,7 @@ def test_a_permit_that_ends_is_no_failure_of_the_policy(policy: Any, monkeypatch
             robot.request("mute", why="permit 'program': '/runs' says false; press play")
 
     monkeypatch.setattr(Real, "on_command", end)
-    with pytest.raises(UnfinishedError, match=r"1 of 2 .* seed 200001 was stopped and does not count, permit 'program'") as raised:
+    with pytest.raises(UnfinishedError, match=r"1 of 2 .* seed 200001 .* does not count, permit 'program'") as raised:
         on(policy, "test_evaluate_robot:Real")
     assert [episode.seed for episode in raised.value.done.evaluation.episodes] == SEEDS[:1]
     assert raised.value.done.stops == {"permit 'program'": 1}

@@ -128,8 +128,8 @@ def replay(
     """Publish the messages of a bag, at their times from each other; messages of each topic.
 
     Only what the profile reads: measurements and inputs. ``topics`` are some of them, and with ``commands`` any others, too; but
-    never an emergency stop or a deadman, which are a person's, or a permit, which is the arm's. Header stamps are moved to now, for whoever watches their ages;
-    ``keep_stamps`` leaves them.
+    never an emergency stop or a deadman, which are a person's, or a permit, which is the arm's. Header stamps are moved to now,
+    for whoever watches their ages; ``keep_stamps`` leaves them.
 
     Raises:
         BagError: The bag cannot be read or has nothing of that, a topic is not to be replayed, or somebody else publishes it.
