@@ -280,6 +280,22 @@ def test_who_is_mute_comes_to_rest_and_sends_nothing_until_a_start_from_where_th
     assert cell.mode == "running"
 
 
+def test_who_is_mute_leaves_the_robot_to_the_other_at_the_end_too() -> None:
+    """A zero would go between the velocities of who commands it now."""
+    cell = Cell().started()
+    assert cell.ask("mute", why="another")[0]
+    cell.run(0.5)
+    assert cell.robot.stopped
+    sent, cell.robot.stopped = len(cell.sent), False
+    cell.arbiter.end("control ends")
+    assert (cell.robot.stopped, len(cell.sent)) == (False, sent)
+    cell = Cell().started()
+    assert cell.ask("mute", why="another")[0]
+    assert not cell.safety.still
+    cell.arbiter.end("control ends")
+    assert cell.robot.stopped, "it was not mute yet"
+
+
 def test_who_was_never_started_is_not_mute() -> None:
     cell = Cell()
     assert cell.arbiter.silent

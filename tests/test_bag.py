@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from hardware.ros2.deployment import DeployConfig
 from hardware.ros2.imported import import_bags
 from hardware.ros2.profile import load_profile, profile_names
 from hardware.ros2.recording import RecordingConfig
-from hardware.ros2.runtime import RosClock
+from hardware.ros2.runtime import Ros, RosClock
 from hardware.ros2.shadow import shadow
 from robopolicy import cli
 from robopolicy.data.check import check
@@ -381,6 +382,22 @@ def test_a_person_s_hand_is_never_replayed(topic: str, commands: bool, tmp_path:
     assert topic not in choose(profile=str(tmp_path / "odd.yaml"))[0], "also where a profile reads it"
 
 
+@pytest.mark.parametrize("commands", [False, True])
+def test_a_permit_is_never_replayed(commands: bool, tmp_path: Path) -> None:
+    """A recorded true would let an arm be commanded that takes no commands now."""
+    program = "io_and_status_controller/robot_program_running"
+    types = {"/joint_states": JOINT_STATE} | dict.fromkeys([f"/{program}", f"/left/{program}"], "std_msgs/msg/Bool")
+    for name in (program, f"/left/{program}"):
+        with pytest.raises(BagError, match=r"it is a permit, .* never replayed$"):
+            bagging.choose(types, load_profile("ur5e"), [name], commands=commands)
+    told: list[str] = []
+    assert bagging.choose(types, load_profile("ur5e"), commands=commands, told=told.append) == {"/joint_states"}
+    assert [("is a permit" in line) for line in told] == [True, True]
+    (tmp_path / "odd.yaml").write_text("base: virtual\nsuccess: /runs\npermits: {program: {topic: /runs}}\n")
+    types = {"/joint_states": JOINT_STATE, "/runs": "std_msgs/msg/Bool"}
+    assert bagging.choose(types, load_profile(tmp_path / "odd.yaml")) == {"/joint_states"}, "also where a profile reads it"
+
+
 def test_a_namespace_is_the_bag_s_and_a_topic_that_is_not_there_is_told() -> None:
     told: list[str] = []
     types = {"/left/joint_states": JOINT_STATE, "/joint_states": JOINT_STATE}
@@ -472,7 +489,22 @@ def test_the_seconds_of_a_recording_begin_with_its_first_message(ros: Sandbox, t
         assert opened.seconds > 0.8
 
 
-def test_a_recording_of_no_time_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_recording_to_which_nothing_comes_ends_without_a_bag(
+    storage: Storage, ros: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bagging, "_PATIENCE", 0.3)
+    with Ros(signals=False) as own:
+        late = threading.Timer(60.0, own.stop)
+        late.start()
+        with pytest.raises(BagError, match=r"no message has come within 0\.5 s, and there is no bag"):
+            bagging.record(own, tmp_path / "bag", ["nothing"], storage=storage, seconds=0.2, told=lambda _: None)
+        late.cancel()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds", ["0", "inf", "nan"])
+def test_a_recording_of_no_time_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["bag", "record", "nowhere", "--seconds", "0"])
-    assert "not above 0" in capsys.readouterr().err
+        cli.main(["bag", "record", "nowhere", "--seconds", seconds])
+    assert "is not a number above 0" in capsys.readouterr().err

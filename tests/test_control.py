@@ -17,9 +17,10 @@ from robopolicy.deploy.engine import Engine, InlineEngine
 from robopolicy.deploy.executor import make_executor
 from robopolicy.deploy.interpolate import InterpolationConfig, RotationColumns
 from robopolicy.deploy.limits import SafetyLimits, load_limits
-from robopolicy.deploy.safety import Mode, SafetyFilter
-from robopolicy.errors import ConfigError
+from robopolicy.deploy.safety import Mode, Reason, SafetyFilter
+from robopolicy.errors import ConfigError, EvaluationError
 from robopolicy.features import Feature
+from robopolicy.robot import Sample
 from sim.arm.robot import SimArm
 
 LIMITS = SafetyLimits.model_validate(
@@ -275,6 +276,15 @@ def test_a_start_from_an_old_measurement_is_refused() -> None:
     cell.loop.run(0.2)
     cell.robot.age = 0.2
     assert [str(reason) for reason in cell.loop.reset()] == ["stale state: 0.2, limit 0.15"]
+
+
+def test_why_the_policy_cannot_begin_is_told_as_the_robot_knows_it() -> None:
+    cell = Cell()
+    robot: Any = cell.robot
+    robot.explained = lambda said: f"{said} (as the robot says)"
+    robot.observe = lambda: Sample({}, cell.clock.now(), {}, Reason("stuck", "camera", 2.0, 1.0))
+    with pytest.raises(EvaluationError, match=r"cannot begin: stuck camera: 2, limit 1 \(as the robot says\); .* restart that"):
+        cell.loop.run(0.5)
 
 
 def test_stale_measurements_hold_the_arm() -> None:

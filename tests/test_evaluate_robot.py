@@ -268,6 +268,18 @@ def test_a_second_master_stops_the_arm_on_its_way_home_and_its_episode_does_not_
     assert raised.value.done.stops == {"rival": 1}
 
 
+def test_a_permit_that_ends_is_no_failure_of_the_policy(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(robot: Real) -> None:
+        if len(robot.begun) == 2:
+            robot.request("mute", why="permit 'program': '/runs' says false; press play")
+
+    monkeypatch.setattr(Real, "on_command", end)
+    with pytest.raises(UnfinishedError, match=r"1 of 2 .* seed 200001 .* does not count, permit 'program'") as raised:
+        on(policy, "test_evaluate_robot:Real")
+    assert [episode.seed for episode in raised.value.done.evaluation.episodes] == SEEDS[:1]
+    assert raised.value.done.stops == {"permit 'program'": 1}
+
+
 def test_limits_with_a_deadman_ask_for_one(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match=r"deadman: inf, limit 0.25; nothing moves unless the deadman is held"):
         on(policy, "test_evaluate_robot:Careful")

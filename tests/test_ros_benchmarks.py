@@ -90,7 +90,7 @@ def test_the_campaign_holds_at_every_kind_of_fault_and_goes_on_where_it_was(tmp_
         if holds:
             assert row["mode"] in ("holding", "stopped"), row
             assert row["cause"], row
-            assert row["to_hold"] < 0.9, f"loosely, the machine may be busy: {row}"
+            assert row["to_hold"] < 1.5, f"loosely, the machine may be busy: {row}"
     (out / "faults.md").unlink()
     assert ros2_faults.main(["--quick", "--out", str(tmp_path)]) == 0, "nothing is started again"
     assert "| state | NaN in all | 1 | 1 |" in (out / "faults.md").read_text()

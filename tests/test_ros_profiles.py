@@ -359,6 +359,24 @@ def test_velocities_end_in_zero() -> None:
     np.testing.assert_allclose(command[-1].data, [0.0, 0.0])
 
 
+def test_the_zero_is_said_once_and_by_who_moved_the_arm() -> None:
+    """Whoever commands it then would be stopped by another."""
+    out, command, _ = outputs(profile(command={"type": "velocity", "joints": ["a", "b"], "unsafe_velocity": True, "gain": 0.0}))
+    out.stop()
+    assert command == []
+    for position in (0.0, 0.001):
+        out.send(np.array([position, 0.0]), None)
+    broken, out._command = out._command, lambda message: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        out.stop()
+    out._command = broken
+    out.stop()
+    assert list(command[-1].data) == [0.0, 0.0], "what could not be sent is sent then"
+    for again in (out.stop, out.watch, out.close):
+        again()
+        assert len(command) == 3
+
+
 def test_no_correction_is_faster_than_the_limits_or_drives_an_arm_back_that_was_moved() -> None:
     """It is added behind the safety filter."""
     found = profile(rate=100.0, command={"type": "velocity", "joints": ["a", "b"], "unsafe_velocity": True, "gain": 20.0})

@@ -1,5 +1,6 @@
 """RosRobot against a driver in the same process, over real DDS; and a policy evaluated on it and on the simulated arm."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ import pytest
 from ros import Sandbox
 
 from hardware.ros2 import messages
-from hardware.ros2.contract import LATCHED, SENSOR, SIGNAL, STATE_OUT, message_type, robot_topics
+from hardware.ros2.contract import LATCHED, SENSOR, SIGNAL, STATE_OUT, Quality, message_type, robot_topics
 from hardware.ros2.own import OwnRosRobot
 from hardware.ros2.permits import Word
 from hardware.ros2.profile import Permit, RosProfile, load_profile
 from hardware.ros2.robot import RosRobot
 from hardware.ros2.runtime import Ros, RosClock, RosError
+from hardware.ros2.topics import UNKNOWN
 from robopolicy.deploy.clock import FakeClock
 from sim.arm.robot import SimArm
 
@@ -231,20 +233,28 @@ def test_who_stops_the_arm_is_heard_as_by_the_policy_node(ros: Sandbox) -> None:
 PERMITTED = PROFILE.model_copy(update={"permits": {"program": Permit(topic="driver/runs", mend="press play")}})
 
 
+YES, NO = (SimpleNamespace(data=value) for value in (True, False))
+
+
+def publisher(gid: bytes, name: str, type_: str = "std_msgs/msg/Bool", quality: Quality = LATCHED) -> Any:
+    """As discovery has it."""
+    quality_ = quality.to_ros()
+    return SimpleNamespace(endpoint_gid=gid, node_name=name, node_namespace="/", topic_type=type_, qos_profile=quality_)
+
+
 def test_a_permit_is_what_every_publisher_that_is_there_says_last() -> None:
     """And no flicker of it is overlooked by who looks ten times a second."""
     clock, there = FakeClock(5.0), [b"a"]
-    node = SimpleNamespace(get_publishers_info_by_topic=lambda path: [SimpleNamespace(endpoint_gid=gid) for gid in there])
-    yes, no = (SimpleNamespace(data=value) for value in (True, False))
+    node = SimpleNamespace(get_publishers_info_by_topic=lambda path: [publisher(gid, gid.decode()) for gid in there])
 
     def word(**changes: Any) -> Word:
         return Word("program", Permit(topic="runs", mend="press play", **changes), node, clock)  # type: ignore[arg-type]
 
     latched = word()
     assert latched.missing("/runs") == "permit 'program': nothing has come on '/runs'; press play"
-    latched.take(no, b"a")
+    latched.take(NO, b"a")
     assert latched.missing("/runs") == "permit 'program': '/runs' says false; press play"
-    latched.take(yes, b"a")
+    latched.take(YES, b"a")
     assert latched.missing("/runs").startswith("permit 'program': '/runs' has just said false; it says true again")
     clock.sleep_until(7.0)
     assert latched.missing("/runs") == ""
@@ -252,7 +262,7 @@ def test_a_permit_is_what_every_publisher_that_is_there_says_last() -> None:
     assert latched.missing("/runs") == "", "it is said on change"
     there.append(b"b")
     assert latched.missing("/runs") == "", "who has said nothing forbids nothing"
-    latched.take(no, b"b")
+    latched.take(NO, b"b")
     clock.sleep_until(102.0)
     assert "says false" in latched.missing("/runs"), "one is enough"
     there[:] = [b"a"]
@@ -263,10 +273,73 @@ def test_a_permit_is_what_every_publisher_that_is_there_says_last() -> None:
     assert latched.missing("/runs").startswith("permit 'program': nobody publishes '/runs'; start the driver")
     there[:] = [b"a"]
     beats = word(latched=False)
-    beats.take(yes)  # a middleware that does not tell whose it is
+    beats.take(YES)  # a middleware that does not tell whose it is
     assert beats.missing("/runs") == ""
     clock.sleep_until(103.1)
     assert beats.missing("/runs").startswith("permit 'program': '/runs' has been silent for more than 1 s")
+
+
+def test_a_killed_driver_permits_nothing_beside_its_successor() -> None:
+    """Discovery knows of it for some 20 s more."""
+    clock, there = FakeClock(5.0), [publisher(b"old", "driver"), publisher(b"b", "other")]
+    node = SimpleNamespace(get_publishers_info_by_topic=lambda path: there)
+    word = Word("program", Permit(topic="runs", mend="press play"), node, clock)  # type: ignore[arg-type]
+
+    def says(gid: bytes, message: Any) -> str:
+        word.take(message, gid)
+        clock.sleep_until(clock.now() + 2.0)
+        return word.missing("/runs")
+
+    assert word.missing("/runs")
+    assert says(b"old", YES) == ""
+    there.insert(0, publisher(b"new", "driver"))
+    clock.sleep_until(clock.now() + 0.1)
+    assert word.missing("/runs") == "permit 'program': nothing has come on '/runs'; press play"
+    assert says(b"new", YES) == ""
+    assert "says false" in says(b"old", NO), "it lives: two of one name"
+    assert says(b"old", YES) == ""
+    assert "says false" in says(b"new", NO)
+    there.pop(0)
+    assert word.missing("/runs") == ""
+
+    there += [publisher(b"c", "driver"), publisher(b"d", "driver")]  # between two looks
+    assert "nothing has come" in says(b"c", YES)
+    assert says(b"d", YES) == ""
+
+    there[:] = [publisher(b"ghost", "driver"), publisher(b"e", "driver")]  # one from before we came says nothing to us
+    word = Word("program", Permit(topic="runs", mend="press play"), node, clock)  # type: ignore[arg-type]
+    assert "nothing has come" in word.missing("/runs")
+    assert says(b"e", YES) == ""
+
+    there[:] = [publisher(b"f", UNKNOWN), publisher(b"g", UNKNOWN)]  # whose names are not known yet are no successors
+    assert says(b"f", YES) == ""
+    assert says(b"g", YES) == ""
+    assert "says false" in says(b"f", NO)
+
+
+@pytest.mark.parametrize(
+    ("type_", "quality", "latched", "mend"),
+    [
+        ("std_msgs/msg/String", LATCHED, True, "it carries std_msgs/msg/String, expected std_msgs/msg/Bool; change the permit's"),
+        ("std_msgs/msg/Bool", SIGNAL, True, "its publisher is volatile and the permit latched: .* `latched: false`"),
+        ("std_msgs/msg/Bool", LATCHED._replace(reliable=False), True, "its publisher is best effort and the permit latched"),
+        ("std_msgs/msg/Bool", SENSOR, False, "press play"),
+        ("std_msgs/msg/Bool", LATCHED, True, "press play"),
+    ],
+)
+def test_a_permit_that_cannot_come_is_not_blamed_on_the_pendant(type_: str, quality: Quality, latched: bool, mend: str) -> None:
+    node = SimpleNamespace(get_publishers_info_by_topic=lambda path: [publisher(b"a", "driver", type_, quality)])
+    permit = Permit(topic="runs", mend="press play", latched=latched)
+    word = Word("program", permit, node, FakeClock(5.0))  # type: ignore[arg-type]
+    assert re.match(f"permit 'program': nothing has come on '/runs'; {mend}", word.missing("/runs"))
+
+
+def test_why_nothing_new_comes_is_told_of_inputs_of_any_name() -> None:
+    slots = {name: SimpleNamespace(refusing=lambda now: "of its size") for name in ("wrist-cam", "a.b", "state")}
+    robot: Any = SimpleNamespace(slots=slots, clock=FakeClock(5.0))
+    for name in slots:
+        said = f"stale {name}: 0.4, limit 0.3"
+        assert RosRobot.explained(robot, f"x; {said}; y") == f"x; {said} (messages are refused: of its size); y"
 
 
 def test_without_its_permit_a_robot_is_not_ready_and_begins_nothing(ros: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

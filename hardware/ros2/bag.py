@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from robopolicy.evaluate.commands import positive
+
 _EXAMPLES = """\
 examples:
   robopolicy bag record data/monday --profile ur5e
@@ -36,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--topic", action="append", default=[], help="a topic instead of the profile's; repeatable")
     record.add_argument("--namespace", default="", help=_NAMESPACE)
     record.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="of the file (default mcap)")
-    record.add_argument("--seconds", type=_positive, help="end so long after the first message")
+    record.add_argument("--seconds", type=positive, help="end so long after the first message")
     record.add_argument("--reserve", type=float, default=500.0, metavar="MB", help="end at so little free space (default 500)")
 
     info = add("info", _info, "topics, counts, rates, gaps, and how old messages were when they came")
@@ -50,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     replay.add_argument(
         "--commands", action="store_true", help="--topic may name any other, too, commands: an arm that listens MOVES"
     )
-    replay.add_argument("--rate", type=_positive, default=1.0, help="times as fast (default 1)")
+    replay.add_argument("--rate", type=positive, default=1.0, help="times as fast (default 1)")
     replay.add_argument("--keep-stamps", action="store_true", help="do not move header stamps to now; nodes will find them old")
 
     import_ = add("import", _import, "make episodes of bags, one each, in a store that `robopolicy train` reads")
@@ -83,13 +85,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     return int(args.run_action(args))
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not above 0")
-    return value
 
 
 def _record(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ _LOOK = 0.5  # [s] between looks for topics that have appeared
 _OTHERS = 1.0  # [s] for other publishers to be found before a replay
 _DISCOVERY = 5.0  # [s] at most for subscribers to be found before a replay: on a busy computer it took 3.6
 _TELL = 1.0  # [s]
+_PATIENCE = 15.0  # [s] beyond its seconds that a recording waits for its first message
 _LATCHED = ("std_msgs/msg/Bool", "std_msgs/msg/String")  # states, of which the last one holds
 _MEASURED = ("state", "gripper_state", "success")  # keys of topics, beside inputs
-_HANDS = (ESTOP, DEADMAN)  # in any namespace
+_HANDS = (ESTOP, DEADMAN)  # in any namespace, as permits
 
 
 def profile_topics(profile: RosProfile) -> dict[str, str]:
@@ -49,7 +51,8 @@ def record(
     ``seconds`` are those after the first message: on a busy computer it takes seconds to find a publisher.
 
     Raises:
-        BagError: The bag cannot be written (any more). What was written until a second before is in it.
+        BagError: The bag cannot be written (any more), what was written until a second before is in it; or there are ``seconds``
+            and nothing has come for 15 s more, and there is no bag.
     """
     node = ros.node("robopolicy_bag", namespace=namespace or None)
     wanted = {node.resolve_topic_name(name) for name in topics}
@@ -67,13 +70,22 @@ def record(
             if now - state["told"] >= _TELL:
                 state["told"] = now
                 told(f"{passed:.0f} s, {sum(writer.counts.values())} messages" if writer.counts else "no message yet")
+            if seconds is not None and not writer.counts and now - began > seconds + _PATIENCE:
+                return True
             return writer.error is not None or (seconds is not None and passed > seconds)
 
+        began = time.monotonic()
         ros.spin(look)
     for name in sorted(wanted):
         told(f"nobody published '{name}'; it is not in the bag")
     if writer.error is not None:
         raise writer.error
+    if seconds is not None and not writer.counts and not ros.stopping.is_set():
+        shutil.rmtree(out)
+        raise BagError(
+            f"no message has come within {seconds + _PATIENCE:g} s, and there is no bag; start the driver, or check --namespace "
+            "and ROS_DOMAIN_ID"
+        )
     return writer.counts
 
 
@@ -116,8 +128,8 @@ def replay(
     """Publish the messages of a bag, at their times from each other; messages of each topic.
 
     Only what the profile reads: measurements and inputs. ``topics`` are some of them, and with ``commands`` any others, too; but
-    never an emergency stop or a deadman, which are a person's. Header stamps are moved to now, for whoever watches their ages;
-    ``keep_stamps`` leaves them.
+    never an emergency stop or a deadman, which are a person's, or a permit, which is the arm's. Header stamps are moved to now,
+    for whoever watches their ages; ``keep_stamps`` leaves them.
 
     Raises:
         BagError: The bag cannot be read or has nothing of that, a topic is not to be replayed, or somebody else publishes it.
@@ -168,8 +180,14 @@ def choose(
     def full(name: str) -> str:
         return name if name.startswith("/") else f"{prefix}/{name}"
 
-    def by_hand(name: str) -> bool:
-        return name.split("/")[-1] in _HANDS
+    permits = [f"/{permit.topic.strip('/')}" for permit in (profile.permits or {}).values()]
+
+    def never(name: str) -> str:
+        if name.split("/")[-1] in _HANDS:
+            return "it speaks for a person's hand, and no recording may; it is never replayed"
+        if any(name.endswith(permit) for permit in permits):
+            return "it is a permit, and no recording may say that an arm takes commands; it is never replayed"
+        return ""
 
     robot, asked = robot_topics(profile), {full(name) for name in topics}
     sent = {full(topic.name) for topic in robot if topic.direction == "out"}
@@ -178,8 +196,8 @@ def choose(
 
     def why(name: str) -> str:
         """It is not replayed; empty: it is."""
-        if by_hand(name):
-            return "it speaks for a person's hand, and no recording may; it is never replayed"
+        if reason := never(name):
+            return reason
         if commands and name in asked:
             return ""
         if name not in read:
@@ -189,7 +207,7 @@ def choose(
 
     for name in sorted(asked):
         if reason := why(name):
-            mend = "" if by_hand(name) else "; say --commands if nothing can be hit"
+            mend = "" if never(name) else "; say --commands if nothing can be hit"
             raise BagError(f"'{name}': {reason}{mend}")
         if name not in types:
             told(f"'{name}' is not in the bag")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import pwd
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hardware.ros2.findings import Check, judge
+from robopolicy.evaluate.commands import positive
 
 if TYPE_CHECKING:
     from hardware.ros2.profile import RosProfile
@@ -44,16 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="virtual", metavar="NAME|FILE", help="the robot's (default virtual)")
     parser.add_argument("--namespace", default="", help="of the arm's topics")
     parser.add_argument("--node", default="robopolicy_policy", help="the policy node's name (default robopolicy_policy)")
-    parser.add_argument("--seconds", type=_positive, default=3.0, help="how long to listen to the topics (default 3)")
+    parser.add_argument("--seconds", type=positive, default=3.0, help="how long to listen to the topics (default 3)")
     parser.add_argument("--clean", action="store_true", help="delete shared memory that killed processes have left")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a time above 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

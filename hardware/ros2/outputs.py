@@ -71,7 +71,10 @@ class Outputs:
                 self._gripper.send(float(positions[self._width]))
 
     def stop(self) -> None:
-        """Servos hold their last target by themselves; velocity controllers never end, so they are sent zero, and again."""
+        """Servos hold their last target by themselves; velocity controllers never end, so they are sent zero, once.
+
+        What is sent later would go between the commands of who has the arm then.
+        """
         with self._lock:
             self._halt()
 
@@ -89,10 +92,10 @@ class Outputs:
 
     def _halt(self) -> None:
         self._last = None
-        if self.profile.command.velocity and not self._closed:
-            self._moving = False
+        if self._moving and not self._closed:
             zero = np.zeros(len(self._columns))
             self._command(messages.float_array(zero) if self.profile.command.type == "velocity" else self._twisted(zero))
+            self._moving = False  # only now: what could not be sent is tried again
 
     def _position(self, target: np.ndarray, measured: np.ndarray | None) -> None:
         self._command(messages.float_array((target - self._offset) / self._scale))

@@ -225,7 +225,7 @@ class RosRobot:
             why = "" if slot is None else slot.refusing(self.clock.now())
             return f"{match[0]} (messages are refused: {why})" if why else match[0]
 
-        return re.sub(r"stale (?P<name>\w+): [^;]*", add, refusal)
+        return re.sub(r"stale (?P<name>[^:;]+): [^;]*", add, refusal)
 
     def doubts(self) -> list[str]:
         """Topics with several publishers of which the middleware does not tell whose messages we take."""
@@ -323,6 +323,8 @@ class RosRobot:
         made = self.node.create_subscription(message_type(topic.type), topic.name, callback, topic.quality.to_ros())
         self._keep(made, self.node.destroy_subscription)
         self._paths[topic.key] = made.topic_name
+        if topic.key in self._permits:
+            self._permits[topic.key].missing(made.topic_name)  # who is there from before
 
     def _advertise(self, topic: Topic) -> None:
         made = self.node.create_publisher(message_type(topic.type), topic.name, topic.quality.to_ros())

@@ -34,6 +34,7 @@ _WHEELS = {
     "rcl_interfaces", "rosgraph_msgs", "sensor_msgs", "service_msgs", "shape_msgs", "std_msgs", "std_srvs", "stereo_msgs",
     "trajectory_msgs", "type_description_interfaces", "unique_identifier_msgs", "visualization_msgs",
 }  # fmt: skip
+_OLD = {"foxy", "galactic", "humble", "iron"}  # built for Python 3.10 or older
 _INSTALL = "run `make setup` in the checkout, or: uv pip install -e '.[ros]'"
 
 
@@ -58,13 +59,21 @@ def _mend(error: ImportError, root: Path = Path("/opt/ros")) -> str:
     here = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     reason = " ".join(str(error).split())
     installed = sorted(path.name for path in root.iterdir() if (path / "setup.bash").is_file()) if root.is_dir() else []
-    if distribution := os.environ.get("ROS_DISTRO"):
+    usable = [name for name in installed if name not in _OLD]
+    distribution = os.environ.get("ROS_DISTRO", "")
+    if distribution in _OLD or (installed and not usable and not distribution):
+        there = f"ROS {distribution} is sourced" if distribution else f"ROS {installed[-1]} is installed"
+        return (
+            f"{there}, but its packages are built for Python 3.10 or older, and this needs 3.11 or newer ({reason}); "
+            "docs/virtual_arm.md#with-a-ros-installation says what works"
+        )
+    if distribution:
         return (
             f"ROS {distribution} is sourced, but {here} cannot import it ({reason}); use the Python that it was built for, in a "
             "virtual environment made with --system-site-packages"
         )
-    if installed:
-        return f"ROS is installed but not sourced ({reason}); run: source {root}/{installed[-1]}/setup.bash"
+    if usable:
+        return f"ROS is installed but not sourced ({reason}); run: source {root}/{usable[-1]}/setup.bash"
     if importlib.util.find_spec("rclpy") is not None:
         return f"rclpy is installed but incomplete ({reason}); {_INSTALL}"
     machine, system = platform.machine(), platform.system()

@@ -14,6 +14,7 @@ import numpy as np
 from hardware.ros2.contract import Topic, message_type
 from hardware.ros2.inputs import with_origin
 
+UNKNOWN = "_NODE_NAME_UNKNOWN_"  # of a node whose topics are heard of before its name, and forgotten after it
 _KEPT = 20_000  # messages of a topic that are remembered
 # Types that begin with a header, whose stamp can be read from the first bytes without decoding an image.
 _STAMPED = ("JointState", "Image", "CompressedImage", "PoseStamped", "TwistStamped", "JointTrajectory", "DiagnosticArray")
@@ -172,8 +173,8 @@ def _ends(node: Any, topic: Topic, name: str) -> tuple[list[End], list[End]]:
 
 def node_of(info: Any) -> str:
     """Full name of the node behind a publisher or subscription."""
-    if info.node_name == "_NODE_NAME_UNKNOWN_":
-        return "a node that is not known by name yet"  # its topics are heard of before its name, and forgotten after it
+    if info.node_name == UNKNOWN:
+        return "a node that is not known by name yet"
     return f"{info.node_namespace.rstrip('/')}/{info.node_name}"
 
 

@@ -184,11 +184,14 @@ class Arbiter:
         self._account(tick)
 
     def end(self, why: str) -> None:
-        """Bring the set point to rest and leave the robot holding. Needs no measurements: it may have none to give."""
+        """Bring the set point to rest and leave the robot holding. Needs no measurements: it may have none to give.
+
+        Who is mute has told the robot when it became so, and leaves it to who commands it now.
+        """
         try:
             self.stand(why)
         finally:  # also of a robot that takes no commands any more
-            if not self.shadow:
+            if not self.shadow and not self.muted:
                 self.robot.stop()
 
     def stand(self, why: str) -> None:

@@ -21,6 +21,7 @@ from robopolicy.deploy.engine import Engine
 from robopolicy.deploy.executor import Executor
 from robopolicy.deploy.interpolate import InterpolationConfig
 from robopolicy.deploy.latency import percentiles
+from robopolicy.deploy.requests import mend
 from robopolicy.deploy.safety import Mode, Reason, SafetyFilter
 from robopolicy.deploy.sources import ControlConfig, PolicySource, Source
 from robopolicy.errors import EvaluationError
@@ -170,7 +171,7 @@ class ControlLoop:
                 break
             self.clock.sleep_until(self.clock.now() + self.dt)
         if refused and self.safety.mode is Mode.RUNNING:
-            raise EvaluationError(f"the policy cannot begin: {refused[0]}")
+            raise EvaluationError(f"the policy cannot begin: {refusal(self.robot, refused[0])}")
         while not refused and not self.source.ready(self.clock.now()):
             self.clock.sleep_until(self.clock.now() + self.dt)
         self._begun = True
@@ -209,6 +210,12 @@ class ControlLoop:
             "interventions": dict(self.safety.events),
             "notes": [*self.notes, *self.engine.notes],
         }
+
+
+def refusal(robot: Robot, why: Reason) -> str:
+    """Why something may not begin, with what the robot knows of it and what to do."""
+    explained = getattr(robot, "explained", str)  # of one that knows why nothing new comes
+    return f"{explained(str(why))}{mend(str(why))}"
 
 
 def summarise(rows: np.ndarray, dt: float, safety: SafetyFilter) -> dict[str, Any]:

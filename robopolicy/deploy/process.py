@@ -91,7 +91,10 @@ def planner_of(policy: Policy | ExportedPolicy, planner: Mapping[str, object] | 
 
         return make_planner(planner, policy)
     if planner not in ("plain", {"type": "plain"}):
-        raise EvaluationError(f"an export has no planner '{planner}', it cannot guide its sampler; use plain, or its checkpoint")
+        raise EvaluationError(
+            f"an export has no planner '{planner}', its plans do not know of the plan before; use plain (executors pause, latest "
+            "and ensemble), or its checkpoint"
+        )
     return ExportedPlanner(policy)
 
 

@@ -152,11 +152,6 @@ def _delayed(args: argparse.Namespace, seeds: Sequence[int]) -> int:
         raise EvaluationError("--delay takes one checkpoint, and no --film; leave these out")
     policy, spec = load(args.checkpoints[0], args)
     assert isinstance(policy, Policy | ExportedPolicy)
-    if isinstance(policy, ExportedPolicy) and planner != "plain":
-        raise EvaluationError(
-            f"--executor {name}: '{args.checkpoints[0]}' is an export, whose plans do not know of the plan before; use pause, "
-            "latest or ensemble, or the checkpoint behind it"
-        )
     warn_of_untrained_times(args.checkpoints[0], planner)
     done = evaluate_delayed(
         policy,

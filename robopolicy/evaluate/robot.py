@@ -24,16 +24,15 @@ from tqdm import tqdm
 
 from robopolicy.config import import_class
 from robopolicy.deploy.clock import Clock, FakeClock, SystemClock
-from robopolicy.deploy.control import ControlConfig, ControlLoop
+from robopolicy.deploy.control import ControlConfig, ControlLoop, refusal
 from robopolicy.deploy.engine import Engine, InlineEngine
 from robopolicy.deploy.executor import make_executor
-from robopolicy.deploy.exported import ExportedPlanner, ExportedPolicy
+from robopolicy.deploy.exported import ExportedPolicy
 from robopolicy.deploy.guard import StartGuard
 from robopolicy.deploy.home import HomeSource
 from robopolicy.deploy.interpolate import InterpolationConfig
 from robopolicy.deploy.limits import SafetyLimits, load_limits
-from robopolicy.deploy.planner import make_planner
-from robopolicy.deploy.requests import mend
+from robopolicy.deploy.process import planner_of
 from robopolicy.deploy.safety import Mode, Reason, SafetyFilter
 from robopolicy.errors import ConfigError, EvaluationError, RobopolicyError
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, check_seeds
@@ -46,7 +45,7 @@ ENTRY_POINTS = "robopolicy.robots"
 _LIMITS = "arm"  # of robots that bring none of their own: our arm's
 _GRACE = 1e-6  # [s]
 _POLL = 0.05  # [s] between looks for stops while a person is waited for
-_RIVAL = "rival"  # begins the cause of stops that are no doing of the policy's
+_ROBOTS_OWN = ("rival", "permit")  # begin the causes of stops that are no doing of the policy's
 
 
 class OnRobot(NamedTuple):
@@ -212,12 +211,8 @@ def _loop(
     bounds = load_limits(limits) if limits is not None else (own or load_limits(_LIMITS))
     if limits is not None and own is not None:
         bounds = bounds.model_copy(update={"rate": own.rate})
-    if isinstance(policy, Policy):
-        plans: Any = make_planner(planner, policy)
-    elif isinstance(policy, ExportedPolicy) and planner == "plain":
-        plans = ExportedPlanner(policy)
-    else:
-        raise EvaluationError(f"an export has no planner '{planner}', it cannot guide its sampler; run the checkpoint, or plain")
+    assert isinstance(policy, Policy | ExportedPolicy)
+    plans = planner_of(policy, planner)
     period = 1.0 / (robot.action_feature.rate or bounds.rate)
     engine: Engine
     if isinstance(clock, FakeClock):
@@ -319,8 +314,7 @@ class _Begin:
             raise EvaluationError(f"{loop.arbiter.status.cause}; release it, and evaluate the other seeds")
 
     def _refused(self, seed: int, who: str, why: tuple[Reason, ...]) -> EvaluationError:
-        explained = getattr(self._robot, "explained", str)  # of a robot that knows why nothing new comes
-        return EvaluationError(f"the episode of seed {seed} cannot begin, {who}: {explained(str(why[0]))}{mend(str(why[0]))}")
+        return EvaluationError(f"the episode of seed {seed} cannot begin, {who}: {refusal(self._robot, why[0])}")
 
 
 class _NobodyError(EvaluationError):
@@ -363,14 +357,17 @@ def _hear(robot: Any, loop: ControlLoop, name: str) -> None:
 
 
 def _episode(loop: ControlLoop, robot: Any, seed: int, seconds: float, stops: Counter[str]) -> Rollout:
-    """Raises EvaluationError where a second master ended it, which says nothing of the policy. A person's stop is a failure."""
+    """Raises EvaluationError where a second master or the end of a permit ended it, which say nothing of the policy.
+
+    A person's stop is a failure.
+    """
     begun = loop.clock.now()
     loop.run(seconds, until=lambda: robot.success)
     success = bool(robot.success)
     if loop.safety.mode in (Mode.STOPPED, Mode.ESTOPPED):
         cause = loop.arbiter.status.cause
         stops[cause.partition(":")[0]] += 1
-        if cause.startswith(_RIVAL):
+        if cause.startswith(_ROBOTS_OWN):
             raise EvaluationError(f"the episode of seed {seed} was stopped and does not count, {cause}")
     rows = max(1, round((loop.clock.now() - begun + _GRACE) / loop.row))
     episode = Episode(seed=seed, success=success, max_reward=float(success), total_reward=float(success), length=rows)
