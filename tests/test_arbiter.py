@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,37 @@ def test_nothing_moves_for_a_request_that_came_long_ago() -> None:
     assert [ticket.wait(0.0)[0] for ticket in tickets] == [False] * 3
     assert "too late" in tickets[0].wait(0.0)[1]
     assert cell.robot.sent == []
+
+
+@pytest.mark.parametrize("name", ["start", "home", "reset", "stop", "estop"])
+def test_what_nobody_waits_for_any_more_is_not_granted_later(name: str) -> None:
+    """Who asked was told that control has not answered. A stop is done however late."""
+    cell = Cell().started() if name in ("stop", "estop") else Cell()
+    ticket = cell.arbiter.request(name)
+    assert ticket.wait(0.0)[1].startswith("control has not answered")
+    cell.run(0.5)
+    if name in ("stop", "estop"):
+        assert cell.mode == ("stopped" if name == "stop" else "estopped")
+        assert ticket.wait(0.0)[0]
+    else:
+        assert cell.robot.sent == []
+        assert not ticket.wait(0.0)[0]
+        assert cell.ask(name)[0], "and it may be asked for again"
+
+
+def test_a_start_that_is_taken_back_while_it_is_granted_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell()
+    ticket, begin = cell.arbiter.request("start"), cell.arbiter.begin
+
+    def slow(*arguments: Any, **options: Any) -> tuple[Reason, ...]:
+        assert not ticket.wait(0.0)[0]
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(cell.arbiter, "begin", slow)
+    cell.run(0.5)
+    assert cell.mode == "stopped"
+    assert not cell.arbiter.commanded
+    assert (cell.sent == 0.0).all()
 
 
 def test_a_control_thread_that_hangs_is_said() -> None:

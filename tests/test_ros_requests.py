@@ -28,7 +28,8 @@ class Arbiter:
         self.asked.append(name)
         ticket.settle(*self.answer)
         if act := self.meanwhile.pop(name, None):
-            act()
+            wait = ticket.wait
+            ticket.wait = lambda timeout=1.0: (act(), wait(timeout))[1]  # type: ignore[method-assign]
         return ticket
 
 
@@ -212,6 +213,25 @@ def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requ
     assert not ok
     assert "call ~/start" in message
     assert node.arbiter.asked == ["stop"]
+
+
+@pytest.mark.parametrize("name", ["stop", "estop"])
+def test_a_stop_is_on_its_way_before_the_end_of_autostart_is_said(node: Node, requests: Requests, name: str) -> None:
+    """A line of the log may take its time."""
+    requests.armed, asked = True, list[list[str]]()
+    node.logged = SimpleNamespace(append=lambda line: asked.append([*node.arbiter.asked]))  # type: ignore[assignment]
+    requests._on_halt(name, None, SimpleNamespace())
+    assert asked == [[name]]
+
+
+def test_a_stop_while_a_start_by_itself_is_granted_is_what_is_said_of_autostart(node: Node, requests: Requests) -> None:
+    requests.armed = True
+    node.arbiter.meanwhile["start"] = lambda: requests._on_halt("stop", None, SimpleNamespace())
+    assert requests.start(by_itself=True)[0]
+    assert node.arbiter.asked == ["start", "stop"]
+    assert requests.disarmed.startswith("autostart is off: stop (asked)")
+    assert requests.start()[0]  # by a person
+    assert requests.disarmed == ""
 
 
 @pytest.mark.parametrize("name", ["stop", "estop", "home", "start", "reset", "enable", "disable", "button"])

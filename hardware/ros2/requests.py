@@ -104,17 +104,27 @@ class Requests:
         ok, message = ticket.wait()
         if ok:
             with self._lock:
-                self.armed, self.disarmed = False, ""
+                if self.armed or not by_itself:  # else somebody has ended autostart since it asked
+                    self.armed, self.disarmed = False, ""
         shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
         return ok, robot.explained(message.removeprefix("refused: ")) + shadow + ("" if ok else mend(message))
 
     def disarm(self, why: str) -> str:
         """Autostart is over, for good. What there is to say of that; empty: it was over before."""
         with self._lock:
-            if not self.armed:
-                return ""
-            self.armed, self.disarmed = False, f"autostart is off: {why}; {_CALL}"
-        self._node.get_logger().warning(self.disarmed)
+            off = self._disarm(why)
+        return self._tell(off)
+
+    def _disarm(self, why: str) -> str:
+        if not self.armed:
+            return ""
+        self.armed, self.disarmed = False, f"autostart is off: {why}; {_CALL}"
+        return self.disarmed
+
+    def _tell(self, off: str) -> str:
+        if not off:
+            return ""
+        self._node.get_logger().warning(off)
         return f"autostart is off; {_CALL}"
 
     def home(self) -> Said:
@@ -200,12 +210,17 @@ class Requests:
 
     def halt(self, name: str, why: str) -> Ticket | None:
         """``stop``, ``mute`` or ``estop``, in every state of the node. None: there is no control that could move anything."""
-        self.disarm(f"{name} ({why})")
+        return self._halt(name, why)[0]
+
+    def _halt(self, name: str, why: str) -> tuple[Ticket | None, str]:
+        """The same, and what there is to say of autostart. Nothing is granted or said between its end and the stop."""
         with self._lock:
+            off = self._disarm(f"{name} ({why})")
             if name == "estop":
                 self.estopped = self.estopped or why
             arbiter = self._arbiter()
-            return None if arbiter is None else arbiter.request(name, why=why)
+            ticket = None if arbiter is None else arbiter.request(name, why=why)
+        return ticket, self._tell(off)
 
     # ---- services and topics -------------------------------------------------------------------------------------------------
 
@@ -223,8 +238,7 @@ class Requests:
         return response
 
     def _on_halt(self, name: str, request: Any, response: Any, why: str = "asked") -> Any:
-        off = self.disarm(f"{name} ({why})")
-        ticket = self.halt(name, why)
+        ticket, off = self._halt(name, why)
         nothing = True, f"the node is {self._node.lifecycle}: nothing moves"
         response.success, message = nothing if ticket is None else ticket.wait()
         response.message = f"{message}; {off}" if off else message

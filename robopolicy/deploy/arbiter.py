@@ -352,11 +352,15 @@ class Arbiter:
         """Do what was asked for until now. :meth:`step` does; who has a loop of its own may besides, while the arm stands."""
         while self._requests:
             ticket = self._requests.popleft()
+            if ticket.answer is not None:
+                continue  # who asked waits no more
             try:
                 ok, message = self._answer_to(ticket, now)
             except Exception as error:
                 ok, message = False, f"{type(error).__name__}: {error}"
             answer = ticket.settle(ok, message)
+            if ok and not answer.ok and ticket.name in ("start", "home"):
+                self.rest(answer.message)  # taken back meanwhile
             if ticket.name != "deadman":
                 self._answer = answer
 

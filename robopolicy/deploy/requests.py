@@ -14,6 +14,7 @@ _MENDS = {  # of refused starts, by what they say
     "stuck": "the same to the bit for so many seconds: restart that sensor; if it has no noise, `stuck: null` in the profile",
 }
 REQUESTS = ("idle", "start", "stop", "mute", "home", "estop", "reset", "deadman")
+_PASSING = ("start", "home", "reset")  # done while somebody waits for it, or never; a stop is done however late
 
 
 def mend(refusal: str) -> str:
@@ -40,16 +41,23 @@ class Ticket:
     def __init__(self, name: str, arguments: Mapping[str, Any], asked: float) -> None:
         self.name, self.arguments, self.asked = name, arguments, asked
         self.answer: Answer | None = None
-        self._done = threading.Event()
+        self._done, self._first = threading.Event(), threading.Lock()
 
     def wait(self, timeout: float = 1.0) -> tuple[bool, str]:
-        """Whether it was done, and what there is to say. Takes a period; longer only when control hangs."""
+        """Whether it was done, and what there is to say. Takes a period; longer only when control hangs.
+
+        Nobody waits for it then any more: a start, or what prepares one, is taken back, so that it is not granted later.
+        """
         self._done.wait(timeout)
-        if self.answer is None:
-            return False, f"control has not answered within {timeout:g} s; it hangs or does not run"
-        return self.answer.ok, self.answer.message
+        answer, late = self.answer, f"control has not answered within {timeout:g} s; it hangs or does not run"
+        if answer is None and self.name in _PASSING:
+            answer = self.settle(False, late)
+        return (False, late) if answer is None else (answer.ok, answer.message)
 
     def settle(self, ok: bool, message: str) -> Answer:
-        self.answer = Answer(self.name, ok, message)
-        self._done.set()
-        return self.answer
+        """What came of it, unless that is known already: the first word counts, and is the answer."""
+        with self._first:
+            if self.answer is None:
+                self.answer = Answer(self.name, ok, message)
+                self._done.set()
+            return self.answer
