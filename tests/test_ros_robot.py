@@ -383,14 +383,15 @@ def test_a_permit_that_is_withdrawn_is_heard(ros: Sandbox) -> None:
         robot = OwnRosRobot(PERMITTED)
         try:
             robot.hear(lambda name, **arguments: heard.append((name, arguments)))
-            assert robot.rivals() == []
+            assert robot.hindrances() == []
             assert heard == []
             permit.publish(flag(data=False))
             permit.publish(flag(data=True))  # a flicker
             until(lambda: heard, "it was not noticed")
             assert heard[0][0] == "mute"
             assert heard[0][1]["why"].startswith("permit 'program': '/driver/runs' ")
-            assert robot.rivals()
+            assert robot.hindrances()
+            assert robot.rivals() == []
         finally:
             robot.close()
 
