@@ -311,8 +311,12 @@ def test_a_killed_driver_permits_nothing_beside_its_successor() -> None:
     assert "nothing has come" in word.missing("/runs")
     assert says(b"e", YES) == ""
 
-    there[:] = [publisher(b"f", UNKNOWN), publisher(b"g", UNKNOWN)]  # whose names are not known yet are no successors
-    assert says(b"f", YES) == ""
+    there.append(publisher(b"f", UNKNOWN))  # whose name is not known yet may be a successor
+    assert "nothing has come" in word.missing("/runs")
+    there[-1] = publisher(b"f", "other")
+    assert word.missing("/runs") == ""
+    there[:] = [publisher(b"f", UNKNOWN), publisher(b"g", UNKNOWN)]  # and is the successor of none that lives
+    assert "nothing has come" in says(b"f", YES)
     assert says(b"g", YES) == ""
     assert "says false" in says(b"f", NO)
 
