@@ -114,15 +114,16 @@ class RealRobot(Robot, Protocol):
     @property
     def limits(self) -> SafetyLimits: ...
 
-    def rivals(self) -> list[str]:
-        """Who else commands it or says where it is: a line each. While there is one, it does not begin to move."""
+    def hindrances(self) -> list[str]:
+        """Why it must not begin to move, a line each: who else commands it or says where it is, or that it takes no commands."""
         ...
 
     def hear(self, request: Callable[..., Any]) -> None:
-        """Tell ``request``, from any thread and until it is closed, who stops it: people at buttons, and second masters.
+        """Tell ``request``, from any thread and until it is closed, who stops it: people at buttons, second masters, itself.
 
-        ``request("estop", why=...)``, ``request("stop", why="rival: ...")`` or, for one who commands it, too, ``"mute"``, and
-        ``request("deadman", pressed=...)`` again and again. They are heeded in the next period; see
+        ``request("estop", why=...)``, ``request("stop", why="rival: ...")`` or, for one who commands it, too, ``"mute"``;
+        ``request("mute", why="permit ...")`` once it takes no commands any more; and ``request("deadman", pressed=...)`` again
+        and again. They are heeded in the next period; see
         :meth:`robopolicy.deploy.arbiter.Arbiter.request`.
         """
         ...

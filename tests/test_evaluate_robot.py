@@ -91,7 +91,7 @@ class Real(SimArm):
         self.begun.append(self.state().positions)
         self.success = False
 
-    def rivals(self) -> list[str]:
+    def hindrances(self) -> list[str]:
         return self.masters
 
     def hear(self, request: Callable[..., Any]) -> None:
@@ -288,7 +288,7 @@ def test_limits_with_a_deadman_ask_for_one(policy: Any, tmp_path: Path, monkeypa
     limits.write_text(Careful.limits.model_dump_json())
     with pytest.raises(EvaluationError, match=r"deadman, which robot 'arm' does not hear.*--limits without freshness.deadman"):
         on(policy, "arm", limits=str(limits))
-    wait = Careful.rivals  # asked before each way home
+    wait = Careful.hindrances  # asked before each way home
 
     def hold(robot: Real) -> list[str]:
         robot.request("deadman", pressed=True)
@@ -297,7 +297,7 @@ def test_limits_with_a_deadman_ask_for_one(policy: Any, tmp_path: Path, monkeypa
     def let_go(robot: Real) -> None:
         robot.request("deadman", pressed=len(robot.sent) < 50)
 
-    monkeypatch.setattr(Careful, "rivals", hold)
+    monkeypatch.setattr(Careful, "hindrances", hold)
     monkeypatch.setattr(Real, "on_command", let_go)
     with pytest.raises(EvaluationError, match="did not get home: deadman released"):
         on(policy, "test_evaluate_robot:Careful")
@@ -307,7 +307,7 @@ def test_limits_with_a_deadman_ask_for_one(policy: Any, tmp_path: Path, monkeypa
 def test_a_robot_says_what_its_reset_does(policy: Any) -> None:
     with pytest.raises(EvaluationError, match=r"'test_evaluate_robot:Silent' does not say whether its reset .* 'resets = True'"):
         on(policy, "test_evaluate_robot:Silent")
-    with pytest.raises(EvaluationError, match="no home and no limits and no rivals and no hear; RealRobot in"):
+    with pytest.raises(EvaluationError, match="no home and no limits and no hindrances and no hear; RealRobot in"):
         on(policy, "test_evaluate_robot:Deaf")
 
 

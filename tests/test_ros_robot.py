@@ -311,8 +311,12 @@ def test_a_killed_driver_permits_nothing_beside_its_successor() -> None:
     assert "nothing has come" in word.missing("/runs")
     assert says(b"e", YES) == ""
 
-    there[:] = [publisher(b"f", UNKNOWN), publisher(b"g", UNKNOWN)]  # whose names are not known yet are no successors
-    assert says(b"f", YES) == ""
+    there.append(publisher(b"f", UNKNOWN))  # whose name is not known yet may be a successor
+    assert "nothing has come" in word.missing("/runs")
+    there[-1] = publisher(b"f", "other")
+    assert word.missing("/runs") == ""
+    there[:] = [publisher(b"f", UNKNOWN), publisher(b"g", UNKNOWN)]  # and is the successor of none that lives
+    assert "nothing has come" in says(b"f", YES)
     assert says(b"g", YES) == ""
     assert "says false" in says(b"f", NO)
 
@@ -383,14 +387,15 @@ def test_a_permit_that_is_withdrawn_is_heard(ros: Sandbox) -> None:
         robot = OwnRosRobot(PERMITTED)
         try:
             robot.hear(lambda name, **arguments: heard.append((name, arguments)))
-            assert robot.rivals() == []
+            assert robot.hindrances() == []
             assert heard == []
             permit.publish(flag(data=False))
             permit.publish(flag(data=True))  # a flicker
             until(lambda: heard, "it was not noticed")
             assert heard[0][0] == "mute"
             assert heard[0][1]["why"].startswith("permit 'program': '/driver/runs' ")
-            assert robot.rivals()
+            assert robot.hindrances()
+            assert robot.rivals() == []
         finally:
             robot.close()
 

@@ -45,10 +45,6 @@ class OwnRosRobot(RosRobot):
             raise RosError(f"no message is received any more, the thread of ROS died of {self._ros.fault!r}")
         super().reset(seed)
 
-    def rivals(self) -> list[str]:
-        """As :meth:`robopolicy.robot.RealRobot.rivals`: while a permit is missing it does not begin to move, either."""
-        return [*self.denied(), *super().rivals()]
-
     def hear(self, request: Callable[..., Any]) -> None:
         """As :meth:`robopolicy.robot.RealRobot.hear`: the topics that the policy node hears, too, second masters and permits."""
         from rclpy.event_handler import SubscriptionEventCallbacks
@@ -62,7 +58,7 @@ class OwnRosRobot(RosRobot):
         def look() -> None:
             if denied := self.denied():
                 request("mute", why=denied[0])
-            if rivals := super(OwnRosRobot, self).rivals():
+            if rivals := self.rivals():
                 request("mute" if self.masters() else "stop", why=f"rival: {rivals[0]}")
 
         for quality in (SIGNAL, LATCHED, SENSOR):  # an emergency stop is heard whatever its publisher promises

@@ -72,13 +72,15 @@ class Word:
         first = -math.inf if self._since is None else now
         self._since = since = {gid: before.get(gid, first) for gids in nodes.values() for gid in gids}
         words = [said[None]] if there and None in said else []
+        # One that came since, and whose name is not known yet, may be the successor of any.
+        nameless = any(gid not in said and since[gid] > -math.inf for gid in nodes if isinstance(gid, bytes))
         for gids in nodes.values():
             newest = max(since[gid] for gid in gids)
             # Two that came between two looks: nobody knows which is alive. A ghost from before says nothing to who is new.
             silent = newest > -math.inf and any(since[gid] == newest and gid not in said for gid in gids)
             for gid in gids:
                 true, came = said.get(gid, (True, -math.inf))
-                if gid in said and (since[gid] == newest or came > newest) and not (true and silent):
+                if gid in said and (since[gid] == newest or came > newest) and not (true and (silent or nameless)):
                     words.append((true, came))
         return words
 

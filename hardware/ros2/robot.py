@@ -139,8 +139,8 @@ class RosRobot:
             RosError: A permit is missing; somebody else commands the arm, too; a service does not answer or refuses; no message
                 comes after it; or the goal is said to be met already.
         """
-        if refused := [*self.denied(), *self.rivals()]:
-            raise RosError(refused[0])
+        if hindrances := self.hindrances():
+            raise RosError(hindrances[0])
         how = self.profile.reset
         self._success = False
         if how is not None:
@@ -191,6 +191,10 @@ class RosRobot:
     def denied(self) -> list[str]:
         """Permits that are missing: why, and what a person does. While there is one, the arm must not be commanded."""
         return [line for key, word in self._permits.items() if (line := word.missing(self._paths[key]))]
+
+    def hindrances(self) -> list[str]:
+        """As :meth:`robopolicy.robot.RealRobot.hindrances`: permits that are missing, and second masters."""
+        return [*self.denied(), *self.rivals()]
 
     def rivals(self) -> list[str]:
         """Second masters: somebody else who commands, or measures our joints or an input. An arm would jump between them.

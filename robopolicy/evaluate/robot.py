@@ -282,8 +282,8 @@ class _Begin:
         if self._attended and not self._agreed:
             self._ask("The arm goes home, and its gripper, too: it lets go of what it holds. Stand clear, and press Enter.")
             self._agreed = True
-        if rivals := robot.rivals():
-            raise EvaluationError(rivals[0])
+        if hindrances := robot.hindrances():
+            raise EvaluationError(hindrances[0])
         if refused := loop.go("home"):
             raise self._refused(seed, "the arm may not go home", refused)
         if (cause := loop.arbiter.status.cause) != "home reached":
@@ -331,7 +331,7 @@ def _real(robot: Any, name: str, fake: bool) -> RealRobot | None:
         )
     if resets:
         return None
-    if missing := [needed for needed in ("home", "limits", "rivals", "hear") if not hasattr(robot, needed)]:
+    if missing := [needed for needed in ("home", "limits", "hindrances", "hear") if not hasattr(robot, needed)]:
         raise EvaluationError(
             f"robot '{name}' does not begin episodes by itself (resets is False) and has no {' and no '.join(missing)}; "
             "RealRobot in robopolicy/robot.py says what they are"
