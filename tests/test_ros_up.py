@@ -367,6 +367,9 @@ def test_what_is_typed_takes_back_the_starts_of_that_process(
     before = "start" if halts else "configure, activate, start"
     said = f"policy: {before}, start, home dropped, for {typed} was typed; nothing starts before you type start"
     assert said in capsys.readouterr().out
+    monkeypatch.setattr("hardware.ros2.supervisor.Child", lambda process, _: pytest.fail(" ".join(process.arguments)))
+    with pytest.raises(pytest.fail.Exception, match="autostart:=false"):  # it does not start by itself, either
+        supervisor._start(supervisor._processes[1])
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
