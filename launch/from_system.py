@@ -43,11 +43,8 @@ def describe(name: str) -> LaunchDescription:
 
 def _execute(process: Any, python: str) -> ExecuteProcess:
     """The end of one ends all. SIGINT is given 10 s: a policy brings the arm to rest first."""
-    words = list(process.arguments)
-    if process.lifecycle:  # the node does by itself what `robopolicy up` does through its services
-        words += ["-p", "autostart:=true"] if words else ["--ros-args", "-p", "autostart:=true"]
     return ExecuteProcess(
-        cmd=[python, "-u", "-m", process.module, *words],
+        cmd=[python, "-u", "-m", process.module, *process.arguments],
         name=process.name,
         output="screen",
         on_exit=[Shutdown(reason=f"{process.name} has ended")],

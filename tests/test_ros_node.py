@@ -285,17 +285,35 @@ def test_a_stop_while_it_configures_by_itself_is_kept(stand: Stand) -> None:
     stand.rig.until(lambda told: told["refused"] == "")
 
 
-def test_a_refusal_ends_autostart_so_that_mending_it_moves_nothing(stand: Stand) -> None:
-    stand.driver.put(joint1=2.0)
+@pytest.mark.parametrize(
+    ("there", "refused"), [({"joint1": 2.0}, "start_unfamiliar .* or go home"), ({"joint2": np.nan}, "stale state.* refused: .*")]
+)
+def test_a_refusal_ends_autostart_so_that_mending_it_moves_nothing(stand: Stand, there: Any, refused: str) -> None:
+    stand.driver.put(**there)
     stand.ros.spin(0.3)
     stand.rig.arm()
-    told = stand.rig.until(lambda told: "autostart is off: start_unfamiliar" in told["refused"])
-    assert told["refused"].endswith("or go home; call ~/start once the node is active")
+    told = stand.rig.until(lambda told: told["autostart"] not in ("", "waits"))
+    assert re.fullmatch(f"autostart is off: {refused}; call ~/start once the node is active", told["autostart"])
+    assert told["refused"] == told["autostart"]
     stand.driver.put()
     stand.ros.spin(1.2)
     assert stand.sent() == []
     assert stand.rig.told[-1]["lifecycle"] == "active"
     stand.start()
+
+
+def test_messages_that_are_refused_end_autostart_at_configure_too(stand: Stand) -> None:
+    assert stand.rig.to("cleanup")
+    stand.driver.put(joint2=np.nan)
+    assert stand.rig.set(ready_timeout=0.3) == []
+    stand.rig.arm()
+    told = stand.rig.until(lambda told: told["autostart"] not in ("", "waits"))
+    assert "autostart is off: configure refused: " in told["autostart"]
+    assert "messages were refused, the last for its" in told["autostart"]
+    stand.driver.put()
+    assert stand.rig.set(ready_timeout=5.0) == []
+    stand.ros.spin(1.2)
+    assert stand.rig.node.lifecycle == "unconfigured"
 
 
 def test_an_error_ends_autostart(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

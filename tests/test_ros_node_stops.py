@@ -237,28 +237,27 @@ def test_joint_states_of_ours_from_a_second_node_stop_the_arm_and_those_of_other
 
 @pytest.fixture
 def permitted(stand: Stand) -> Iterator[tuple[Stand, Any]]:
-    """Active, by a profile that needs the driver's program to run; and who says whether it does. It has said nothing yet."""
+    """By a profile that needs the driver's program to run; and who says whether it does. It has said nothing yet."""
     profile = stand.folder / "permitted.yaml"
     profile.write_text("base: virtual\npermits: {program: {topic: driver/runs, mend: press play}}\n")
     assert stand.rig.to("cleanup")
     assert stand.rig.set(profile=str(profile)) == []
     permit = stand.ros.node.create_publisher(Bool, "driver/runs", LATCHED.to_ros())
-    assert stand.rig.to("configure", "activate")
     yield stand, permit
     stand.ros.node.destroy_publisher(permit)
-    assert stand.rig.to("deactivate", "cleanup")
-    assert stand.rig.set(profile="virtual") == []
+    for lifecycle, transition in (("active", "deactivate"), ("inactive", "cleanup")):
+        assert stand.rig.node.lifecycle != lifecycle or stand.rig.to(transition)
+    assert stand.rig.set(profile="virtual", ready_timeout=5.0) == []
 
 
 def test_an_arm_that_takes_no_commands_is_stopped_and_begins_again_where_it_is(permitted: tuple[Stand, Any]) -> None:
     """Its program ends, somebody moves it, its program runs again: what was held must not be carried out."""
     stand, permit = permitted
-    stand.ros.until(lambda: "nothing has come on '/driver/runs'" in stand.diagnosis("node").message, what="diagnostics")
-    for name in ("start", "home"):
-        assert stand.rig.call(name) == (False, "permit 'program': nothing has come on '/driver/runs'; press play")
     permit.publish(Bool(data=False))
     says = "permit 'program': '/driver/runs' says false; press play"
-    stand.ros.until(lambda: stand.rig.call("start") == (False, says), what="its word")
+    assert stand.rig.to("configure", "activate")
+    for name in ("start", "home"):
+        assert stand.rig.call(name) == (False, says)
     assert stand.sent() == []
     permit.publish(Bool(data=True))
     stand.ros.until(lambda: not stand.rig.node.robot.denied(), what="the permit")  # type: ignore[union-attr]
@@ -283,13 +282,38 @@ def test_an_arm_that_is_held_is_let_go_when_its_permit_ends(permitted: tuple[Sta
     """Nothing moves it, and yet it would jump to what is held."""
     stand, permit = permitted
     permit.publish(Bool(data=True))
-    stand.ros.until(lambda: not stand.rig.node.robot.denied(), what="the permit")  # type: ignore[union-attr]
+    assert stand.rig.to("configure", "activate")
     stand.start()
     assert stand.rig.call("stop")[0]
     stand.still()
     stand.ros.node.destroy_publisher(permit)
     stand.rig.until(lambda told: told["cause"].startswith("permit 'program': nobody publishes '/driver/runs'; "))
     stand.ros.until(stand.silent, what="the last command")
+
+
+def test_autostart_waits_for_the_first_word_of_a_permit(permitted: tuple[Stand, Any]) -> None:
+    """Its driver may come after the one of the joints."""
+    stand, permit = permitted
+    assert stand.rig.set(ready_timeout=0.3) == []
+    assert not stand.rig.to("configure")  # nobody's may go on without it
+    assert "permit 'program': nothing has come on '/driver/runs'; press play" in stand.rig.node.refused
+    stand.rig.arm()
+    stand.rig.until(lambda told: "nothing has come on '/driver/runs'" in told["refused"] and told["autostart"] == "waits")
+    permit.publish(Bool(data=True))
+    stand.rig.mode("running")
+
+
+def test_who_presses_play_does_not_start_the_arm(permitted: tuple[Stand, Any]) -> None:
+    stand, permit = permitted
+    permit.publish(Bool(data=False))
+    stand.rig.arm()
+    told = stand.rig.until(lambda told: told["autostart"] not in ("", "waits"))
+    assert told["autostart"].startswith("autostart is off: permit 'program': '/driver/runs' says false; press play; ")
+    permit.publish(Bool(data=True))
+    stand.ros.until(lambda: not stand.rig.node.robot.denied(), what="the permit")  # type: ignore[union-attr]
+    stand.ros.spin(1.2)  # it would do its next step twice
+    assert stand.sent() == []
+    stand.start()
 
 
 # ---- stuck sensors -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from rig import save_policy
 from ros import Process, Sandbox
+from std_srvs.srv import Trigger
 
 from hardware.ros2 import up
 from hardware.ros2.supervisor import HALTS, Supervisor
@@ -40,24 +41,47 @@ print("arm has stopped", flush=True)
 node.destroy_node(); rclpy.shutdown()
 """
 POLICY = """
-import rclpy, signal, threading, time
+import json, rclpy, signal, threading, time
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.signals import SignalHandlerOptions
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 class Policy(LifecycleNode):
     def __init__(self):
         super().__init__("stand_in_policy")
         self.declare_parameter("bad", False)
         self.declare_parameter("slow", False)
+        self.declare_parameter("autostart", False)
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self.state = self.create_publisher(String, "~/state", latched)
+        self.armed = self.get_parameter("autostart").value
+        if self.armed:
+            self.timer = self.create_timer(0.1, self.by_itself)
         self.stopped = threading.Event()
         self.group = ReentrantCallbackGroup()
         for name in ("start", "stop", "home", "estop", "reset"):
             self.create_service(Trigger, f"~/{name}", lambda _, answer, name=name: self.told(name, answer),
                                 callback_group=self.group)
+    def by_itself(self):
+        self.timer.cancel()
+        for step in (self.trigger_configure, self.trigger_activate):
+            if self.armed and step() != TransitionCallbackReturn.SUCCESS:
+                self.off("configure refused: bad")
+        if self.armed:
+            print("started", flush=True)
+            self.say("")
+    def off(self, why):
+        if self.armed:
+            self.armed = False
+            self.say(f"autostart is off: {why}")
+    def say(self, autostart):
+        self.state.publish(String(data=json.dumps({"autostart": autostart})))
     def told(self, name, answer):
         print("called", name, flush=True)
+        self.off(name)
         if name == "estop":
             self.stopped.set()
         if name == "home":
@@ -137,8 +161,8 @@ def test_starts_in_order_and_ends_in_reverse_on_ctrl_c(ros: Sandbox, system: Pat
     assert process.wait(20) == 130
     order(
         process.output(),
-        "starting arm", "[up] arm runs", "starting policy", "[policy] configured", "[policy] activated", "[policy] called start",
-        "start: done: I start", "[up] policy runs", "[up] ending", "[policy] policy has stopped", "[up] policy has ended",
+        "starting arm", "[up] arm runs", "starting policy", "[policy] configured", "[policy] activated", "[policy] started",
+        "start: done", "[up] policy runs", "[up] ending", "[policy] policy has stopped", "[up] policy has ended",
         "[arm] arm has stopped", "[up] arm has ended",
     )  # fmt: skip
     assert "__ns:=/left" in process.output()
@@ -148,7 +172,7 @@ def test_one_dies_the_others_are_ended_and_the_exit_code_says_which(ros: Sandbox
     process = start(ros, system, "life=10.0", "start=false")  # long enough for the policy to have come
     assert process.wait(60) == 10  # the first of the file
     order(process.output(), "arm ended with exit code 7; ending the others", "policy has stopped")
-    assert "called start" not in process.output()
+    assert "started" not in process.output()
     assert process.output().count("arm ended with exit code 7") == 1
 
 
@@ -239,14 +263,13 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
             pytest.fail(f"'{text}' did not come:\n{''.join(seen)}")
 
         read_until("configuring until estop")
-        process.stdin.write("estop\n")
-        process.stdin.flush()
-        read_until("policy: start dropped, for estop was typed")
+        assert ros.call(Trigger, "stand_in_policy/estop", seconds=60).success  # by somebody else
+        read_until("start: refused: autostart is off: estop")
         read_until("policy runs")
         process.stdin.write("policy set slow false\n")
         process.stdin.flush()
         read_until("slow is False")
-        assert not any("called start" in line for line in seen)  # that of start=true does not come after the estop
+        assert not any("started" in line or "called start" in line for line in seen)  # nothing comes after the estop
         process.stdin.write("start\nfly\n")
         process.stdin.flush()
         read_until("start: done: I start")
@@ -258,9 +281,15 @@ def test_a_killed_child_and_what_is_typed(ros: Sandbox, system: Path) -> None:
             read_until("arm set: refused")
         assert any("has no parameter 'lief': did you mean 'life'?" in line for line in seen)
         assert any("'soon' is no value of life: give a number" in line for line in seen)
-        process.stdin.write("deactivate\npolicy cleanup\npolicy set bad true\nconfigure\n")
+        process.stdin.write("activate\ndeactivate\npolicy cleanup\npolicy set bad true\nconfigure\n")
         process.stdin.flush()
-        for text in ("policy deactivate: done", "policy cleanup: done", "policy: bad is True", "policy configure: refused: its"):
+        for text in (
+            "policy activate: done",
+            "policy deactivate: done",
+            "policy cleanup: done",
+            "policy: bad is True",
+            "policy configure: refused: its",
+        ):
             read_until(text)  # in the order in which they were typed, each after the one before
         count = sum("called start" in line for line in seen)
         process.stdin.write("policy set bad false; policy set slow true; configure; activate; home; start\n")
@@ -327,7 +356,7 @@ def test_what_is_typed_takes_back_the_starts_of_that_process(
     system.write_text(f"{lines}  recorder: {{module: m, node: n, services: [start]}}\n")
     supervisor = Supervisor(load_system(system).processes({}), {})
     monkeypatch.setattr(supervisor, "_change", lambda *_: None)
-    supervisor._node = SimpleNamespace(create_client=lambda *_: None)
+    supervisor._node = type("Node", (), {"create_client": lambda *_: None})()
     for line in ("policy start", "policy home", "recorder start", typed, "policy start"):
         supervisor._lines.put(line)
     supervisor._hear()
@@ -338,6 +367,9 @@ def test_what_is_typed_takes_back_the_starts_of_that_process(
     before = "start" if halts else "configure, activate, start"
     said = f"policy: {before}, start, home dropped, for {typed} was typed; nothing starts before you type start"
     assert said in capsys.readouterr().out
+    monkeypatch.setattr("hardware.ros2.supervisor.Child", lambda process, _: pytest.fail(" ".join(process.arguments)))
+    with pytest.raises(pytest.fail.Exception, match="autostart:=false"):  # it does not start by itself, either
+        supervisor._start(supervisor._processes[1])
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------

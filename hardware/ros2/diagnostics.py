@@ -161,8 +161,18 @@ class Reporter:
         self._logged: dict[str, tuple[float, int]] = {}  # kind of intervention: when, and how many there were
         self._lock = threading.Lock()
 
-    def report(self, lifecycle: str, refused: str, estopped: str, deployment: Deployment | None, robot: RosRobot | None) -> None:
-        """Everything, now. From any thread."""
+    def report(
+        self,
+        lifecycle: str,
+        refused: str,
+        autostart: str,
+        estopped: str,
+        deployment: Deployment | None,
+        robot: RosRobot | None,
+    ) -> None:
+        """Everything, now. From any thread. ``autostart``: of Requests."""
+        off = "" if autostart == "waits" else autostart
+        refused = "; ".join(filter(None, (refused, off)))
         arbiter = None if deployment is None else deployment.arbiter
         status = None if arbiter is None else arbiter.status
         config = parameters.read(self._node)
@@ -176,7 +186,8 @@ class Reporter:
             entries += health(status, self._clock.now(), deployment.limits, rejected, dead)
         with self._lock:
             self._log(status)
-            self._tell(lifecycle, refused, estopped, status, {name: facts[name] for name in ("drives", "checkpoint", "profile")})
+            told = {name: facts[name] for name in ("drives", "checkpoint", "profile")}
+            self._tell(lifecycle, refused, estopped, status, {"autostart": autostart, **told})
             self._diagnostics.publish(to_message(entries, self._node.get_name(), config.profile, self._clock.stamp()))
 
     def _log(self, status: Status | None) -> None:

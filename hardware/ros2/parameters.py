@@ -31,7 +31,10 @@ class NodeConfig(DeployConfig):
         "ends it: a person calls ~/start. False: lifecycle services, then ~/start.",
     )
     ready_timeout: float = pydantic.Field(
-        default=10.0, ge=0.1, le=600.0, description="Seconds that configure waits for the first message of every input."
+        default=10.0,
+        ge=0.1,
+        le=600.0,
+        description="Seconds that configure waits for the first message of every input and the first word of every permit.",
     )
 
 

@@ -33,7 +33,7 @@ from hardware.ros2.diagnostics import Reporter
 from hardware.ros2.joints import make_model
 from hardware.ros2.parameters import NodeConfig
 from hardware.ros2.requests import Requests
-from hardware.ros2.robot import RosRobot
+from hardware.ros2.robot import Absent, RosRobot
 from hardware.ros2.runtime import Ros, RosClock, RosError
 from robopolicy.deploy.status import Period
 from robopolicy.errors import ConfigError, RobopolicyError
@@ -41,10 +41,8 @@ from robopolicy.errors import ConfigError, RobopolicyError
 NAME = "robopolicy_policy"
 _TICK = 0.1  # [s] between diagnostics
 _POLL = 0.05  # [s] between looks at what is missing
-_NOT_READY = "the robot is not ready"
 _BUSY = 0.3  # [s] that inputs get to become fresh
 _NEXT = 0.5  # [s] between steps of autostart: what was asked during one is heard before the next
-_LATER = ("nothing has come on", "nobody listens on", "stale ")  # refusals of a start that a driver ends by coming
 _AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
 _ANY_TIME = {"ready_timeout"}
 SUCCESS, FAILURE, ERROR = (getattr(TransitionCallbackReturn, name) for name in ("SUCCESS", "FAILURE", "ERROR"))
@@ -75,6 +73,7 @@ class PolicyNode(LifecycleNode):
         self.over = False
         self._time, self._messages, self._ending = RosClock(), messages, ending or threading.Event()
         self._next_step = 0.0  # of autostart
+        self._absent = False  # configure failed, and only because a driver was not there
         parameters.declare(self)
         config = parameters.read(self)
         rename = ["--ros-args", "-r", f"__node:={self.get_name()}_io"]  # counts before a __node of the command line
@@ -158,6 +157,7 @@ class PolicyNode(LifecycleNode):
 
     def _configure(self) -> None:
         """Connect to the arm, wait until everything comes, load the policy and warm it up."""
+        self._absent = False
         config = parameters.read(self)
         profile = profile_of(config)
         model = make_model(profile, *task_of(config.checkpoint))
@@ -173,9 +173,10 @@ class PolicyNode(LifecycleNode):
 
     def _await(self, robot: RosRobot, timeout: float) -> None:
         end = time.monotonic() + timeout
-        while problems := robot.problems():
+        while problems := [*robot.problems(), *robot.unheard()]:
             if time.monotonic() > end or self._ending.wait(_POLL):
-                raise RosError(f"{_NOT_READY} after {timeout:g} s: {'; '.join(problems)}")
+                self._absent = all(isinstance(problem, Absent) for problem in problems)
+                raise RosError(f"the robot is not ready after {timeout:g} s: {'; '.join(problems)}")
 
     def _activate(self) -> None:
         assert self.deployment is not None
@@ -297,19 +298,20 @@ class PolicyNode(LifecycleNode):
 
     def report(self) -> None:
         """~/state and diagnostics, now: whoever was answered finds them up to date."""
-        refused = "; ".join(filter(None, (self.refused, self.requests.disarmed)))
-        self.reporter.report(self.lifecycle, refused, self.requests.estopped, self.deployment, self.robot)
+        self.reporter.report(
+            self.lifecycle, self.refused, self.requests.autostart, self.requests.estopped, self.deployment, self.robot
+        )
 
     def _autostart(self) -> None:
         """One step. It is tried again until the driver is there, and for nothing else: who mends that may stand in the way."""
         if self.lifecycle == "active":
             done, why = self.requests.start(by_itself=True)
-            later = why.startswith(_LATER) and "clock_ahead" not in why
+            later = isinstance(why, Absent)
             self.refuse(f"autostart waits: {why}" if later and not done else "")
         else:
             step = self.trigger_configure if self.lifecycle == "unconfigured" else self.trigger_activate
             done, why = step() == SUCCESS, self.refused
-            later = _NOT_READY in why
+            later = self._absent
         if not done and not later and self.requests.disarm(why):
             self.refuse("")  # that says it
 

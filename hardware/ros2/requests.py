@@ -19,6 +19,7 @@ from std_srvs.srv import SetBool, Trigger
 
 from hardware.ros2.contract import DEADMAN, ESTOP, LATCHED, SENSOR, SIGNAL
 from hardware.ros2.inputs import with_origin
+from hardware.ros2.robot import Absent
 from robopolicy.deploy.requests import mend
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Requests:
         io.create_service(SetBool, f"{me}/enable", self._on_enable)
 
     def start(self, name: str = "start", by_itself: bool = False) -> Said:
-        """``start`` or ``home``: granted or refused. What comes of it later, with the first plan, is in ~/state.
+        """``start`` or ``home``: granted; or refused and why, Absent where a driver ends that by coming.
+
+        What comes of it later, with the first plan, is in ~/state.
 
         Args:
             name: Which.
@@ -93,8 +96,9 @@ class Requests:
             return False, f"the node is {node.lifecycle}; configure and activate it first"
         if (fault := getattr(node.deployment, "fault", None)) is not None and name == "start":
             return False, f"{fault}; deactivate, cleanup and configure begin another"
-        if problems := [*robot.problems(), *robot.denied(), *robot.rivals()]:
-            return False, problems[0]
+        problems = [*robot.problems(), *robot.denied(), *robot.rivals()]
+        if problems:  # first what no driver ends by coming
+            return False, min(problems, key=lambda problem: isinstance(problem, Absent))
         with self._lock:  # who stops now stops what is asked for here
             if self.estopped:
                 return False, f"estopped ({self.estopped}): reset first, then start"
@@ -106,8 +110,15 @@ class Requests:
             with self._lock:
                 if self.armed or not by_itself:  # else somebody has ended autostart since it asked
                     self.armed, self.disarmed = False, ""
-        shadow = "; shadow mode: nothing is sent to the arm" if ok and node.shadowed else ""
-        return ok, robot.explained(message.removeprefix("refused: ")) + shadow + ("" if ok else mend(message))
+            return ok, message + ("; shadow mode: nothing is sent to the arm" if node.shadowed else "")
+        why = robot.explained(message.removeprefix("refused: "))
+        return ok, why if isinstance(why, Absent) else why + mend(message)
+
+    @property
+    def autostart(self) -> str:
+        """``waits`` until it is over; then why it is off, or empty: it has started, or was never asked for."""
+        with self._lock:
+            return "waits" if self.armed else self.disarmed
 
     def disarm(self, why: str) -> str:
         """Autostart is over, for good. What there is to say of that; empty: it was over before."""

@@ -29,7 +29,15 @@ from robopolicy.robot import Measured, RobotModel, Sample, State
 READY = 20.0  # [s]: for a driver and its topics to be found
 _POLL = 0.01  # [s]
 _MEASURED = ("state", "gripper_state")  # keys of topics
+_UNHEARD = re.compile(r"permit '[^']*': (nobody publishes|nothing has come on) ")
 _NEVER = Stamp(-math.inf)  # older than any limit
+
+
+class Absent(str):
+    """Why an arm does not move, where a driver ends that by coming: nobody says, hears or goes on saying something.
+
+    Whatever else keeps it from moving is for a person to end: messages that come and are refused, too.
+    """
 
 
 class RosRobot:
@@ -179,14 +187,19 @@ class RosRobot:
     def problems(self) -> list[str]:
         """What keeps the arm from moving: topics that nobody publishes, refused messages, controllers that do not listen."""
         found = [
-            f"nothing has come on '{self._paths[self._key(name)]}'; {self._mend(name)}"
+            (str if slot.rejected else Absent)(f"nothing has come on '{self._paths[self._key(name)]}'; {self._mend(name)}")
             for name, slot in self.slots.items()
             if slot.latest is None
         ]
         for key, publisher in self._publishers.items():
             if publisher.get_subscription_count() == 0:
-                found.append(f"nobody listens on '{self._paths[key]}'; activate the controller or driver that does, or remap it")
+                mend = "activate the controller or driver that does, or remap it"
+                found.append(Absent(f"nobody listens on '{self._paths[key]}'; {mend}"))
         return found
+
+    def unheard(self) -> list[str]:
+        """Permits of which nobody has said anything yet, or nobody is there who has."""
+        return [Absent(line) for line in self.denied() if _UNHEARD.match(line)]
 
     def denied(self) -> list[str]:
         """Permits that are missing: why, and what a person does. While there is one, the arm must not be commanded."""
@@ -222,14 +235,18 @@ class RosRobot:
         return found
 
     def explained(self, refusal: str) -> str:
-        """A refusal, and behind every input that it calls stale why its messages are refused, if they are."""
+        """A refusal, and behind every input that it calls stale why its messages are refused, if they are.
+
+        Absent: inputs are stale, and nothing else is wrong.
+        """
 
         def add(match: re.Match[str]) -> str:
             slot = self.slots.get(match["name"])
             why = "" if slot is None else slot.refusing(self.clock.now())
             return f"{match[0]} (messages are refused: {why})" if why else match[0]
 
-        return re.sub(r"stale (?P<name>[^:;]+): [^;]*", add, refusal)
+        text = re.sub(r"stale (?P<name>[^:;]+): [^;]*", add, refusal)
+        return Absent(text) if text == refusal and re.fullmatch(r"(stale [^:;]+: [^;]*(; )?)+", refusal) else text
 
     def doubts(self) -> list[str]:
         """Topics with several publishers of which the middleware does not tell whose messages we take."""

@@ -7,8 +7,10 @@ arm. Should the supervisor be killed, the system interrupts each child, and each
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
 
 from hardware.ros2 import shm
+from hardware.ros2.contract import LATCHED, message_type
 from hardware.ros2.runtime import Ros, RosError
 from hardware.ros2.services import CHANGE_STATE, TRIGGER, change_state, client, set_text
 from hardware.ros2.system import Process
@@ -128,7 +132,9 @@ class Supervisor:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
         self._changing: list[threading.Thread] = []  # parameters and transitions that were typed
-        self._steps = {  # that a lifecycle node is still to be taken through, without anybody's typing them
+        # What a lifecycle node is still to go through without anybody's typing it: by its autostart as soon as it runs where
+        # that ends with a start, else one by one from here.
+        self._steps = {
             process.name: ["configure", "activate", *["start"] * process.lifecycle]
             for process in processes
             if process.lifecycle is not None
@@ -197,42 +203,56 @@ class Supervisor:
             raise RosError(f"two nodes are called {process.node} {self._mend()}")
 
     def _start(self, process: Process) -> None:
-        say(f"starting {process.name}: python -m {' '.join((process.module, *process.arguments))}")
-        self._children.append(child := Child(process, self._environment))
+        for service in process.services:  # found by the time somebody types them: a stop must overtake autostart
+            client(self._node, f"{process.node}/{service}", TRIGGER)
+        self._hear()
+        steps = self._steps.get(process.name, [])
+        words, by_itself = process.arguments, "start" in steps
+        if by_itself:
+            steps.clear()
+        elif process.lifecycle:  # it was taken back
+            words = tuple("autostart:=false" if word == "autostart:=true" else word for word in words)
+        say(f"starting {process.name}: python -m {' '.join((process.module, *words))}")
+        self._children.append(child := Child(replace(process, arguments=words), self._environment))
         for topic in process.ready:
             self._until(partial(self._node.count_publishers, topic), READY, f"topic {topic} of {process.name}")
         if process.node:
             self._until(partial(self._there, child), READY, f"node {process.node} of {process.name}")
             self._alone(process)
-        while steps := self._steps.get(process.name):
+        if by_itself:
+            self._follow(process)
+        while steps:
             self._step(process, steps)
         say(f"{process.name} runs{'; type ' + ', '.join(process.services) if process.services else ''}")
 
+    def _follow(self, process: Process) -> None:
+        """Until a node has started by itself, or will not any more."""
+        told = ["waits"]
+
+        def hear(message: Any) -> None:
+            told.append(json.loads(message.data)["autostart"])
+
+        kind = message_type("std_msgs/msg/String")
+        heard = self._node.create_subscription(kind, f"{process.node}/state", hear, LATCHED.to_ros())
+        self._came(lambda: told[-1] != "waits", None)
+        self._node.destroy_subscription(heard)
+        if failed := re.match(r"autostart is off: (configure|activate) (refused|failed): ", told[-1]):
+            raise RosError(f"{process.name} could not {failed[1]}; its lines above say why")
+        say(f"start: refused: {told[-1]}" if told[-1] else "start: done")
+
     def _step(self, process: Process, steps: list[str]) -> None:
         """The first of them, unless what is typed before it is asked for takes it away."""
-        from std_srvs.srv import Trigger
-
         step = steps[0]
-        name, kind = ("start", TRIGGER) if step == "start" else ("change_state", CHANGE_STATE)
-        asked = client(self._node, f"{process.node}/{name}", kind)
-        self._until(lambda: asked.service_is_ready() or step not in steps, READY, f"service {name} of {process.name}")
+        asked = client(self._node, f"{process.node}/change_state", CHANGE_STATE)
+        self._until(lambda: asked.service_is_ready() or step not in steps, READY, f"service change_state of {process.name}")
         self._alone(process)
         self._hear()
         if step not in steps:
             return
         steps.remove(step)
-        if step != "start":
-            self._transition(process, step)
-            return
-        answer = asked.call_async(Trigger.Request())  # at once: a stop that is typed from now on is sent after it
-        self._until(answer.done, READY, f"an answer to start of {process.name}")
-        self._alone(process)
-        _answered(step, answer.result())
-
-    def _transition(self, process: Process, name: str) -> None:
-        say(f"{name} {process.name}")
-        if not change_state(self._node, process.node, name, CONFIGURE, partial(self._alone_until, process)):
-            raise RosError(f"{process.name} could not {name}; its lines above say why")
+        say(f"{step} {process.name}")
+        if not change_state(self._node, process.node, step, CONFIGURE, partial(self._alone_until, process)):
+            raise RosError(f"{process.name} could not {step}; its lines above say why")
 
     def _alone_until(self, process: Process, condition: Callable[[], bool], seconds: float) -> bool:
         came = self._came(condition, seconds)
@@ -290,8 +310,6 @@ class Supervisor:
         Nothing waits for the answer: an `estop` must not stand in line behind a `start` that takes its time. Starts that wait
         do not come after it, either.
         """
-        from std_srvs.srv import Trigger
-
         match line.split(maxsplit=3):
             case [name, "set", parameter, value] if process := next(
                 (p for p in self._processes if p.node and p.name == name), None
@@ -302,8 +320,9 @@ class Supervisor:
         for process in reversed(self._processes):
             if service in process.services and names in ([], [process.name]):
                 self._drop(process, service)
-                asked = self._node.create_client(Trigger, f"{process.node}/{service}")
-                self._asked.append((process, service, asked, time.monotonic() + FOUND))
+                asked = client(self._node, f"{process.node}/{service}", TRIGGER)
+                wait = READY if service in HALTS else FOUND  # it may be on its way up
+                self._asked.append((process, service, asked, time.monotonic() + wait))
                 return
             if process.lifecycle is not None and service in TRANSITIONS and names in ([], [process.name]):
                 self._drop(process, service)

@@ -13,7 +13,7 @@
         parameters: {rate: $rate}   # $NAME: the argument's value; empty ones are left out: the node has its own default
         when: $policy               # only where this is true
         ready: [joint_states]       # topics that must have a publisher before the next process starts
-        lifecycle: $start           # configured and activated once it runs; true: started, too, so that it moves
+        lifecycle: $start           # configured and activated once it runs; true: by its autostart, so that it moves
         services: [start, stop]     # Trigger services that can be typed while `robopolicy up` runs
 
 Standard library and PyYAML alone: `ros2 launch` runs in the system's Python, where this project need not be installed.
@@ -55,7 +55,8 @@ class Process:
         arguments: After the module's name.
         parameters: Of the node; those that are empty are left out.
         ready: Full names of topics.
-        lifecycle: None: it has none. False: configured and activated; true: started, too.
+        lifecycle: None: it has none. False: configured and activated by `up`. True: configured, activated and started by its
+            own parameter ``autostart``, and ``~/state`` says how that goes.
         services: Those that may be called by hand, without the node's name.
     """
 
@@ -96,10 +97,12 @@ class System:
             words = ["-r", f"__ns:=/{namespace}"] if namespace else []
             parameters = {key: _value(value, values) for key, value in entry.get("parameters", {}).items()}
             parameters = {key: value for key, value in parameters.items() if value is not None and value != ""}
+            lifecycle = bool(_value(entry["lifecycle"], values)) if "lifecycle" in entry else None
+            if lifecycle:  # the node goes all the way itself, so that whatever anybody asks of it meanwhile ends that
+                parameters["autostart"] = True
             words += [word for key, value in parameters.items() for word in ("-p", f"{key}:={_text(value)}")]
             node = entry.get("node", "")
             ready = tuple(_full(topic, namespace) for topic in entry.get("ready", []))
-            lifecycle = bool(_value(entry["lifecycle"], values)) if "lifecycle" in entry else None
             arguments, services = ("--ros-args", *words) if words else (), tuple(entry.get("services", ()))
             full = _full(node, namespace) if node else ""
             found.append(Process(name, entry["module"], full, arguments, parameters, ready, lifecycle, services))
