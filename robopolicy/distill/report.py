@@ -69,7 +69,8 @@ def non_inferiority(comparison: Comparison, margin: float = MARGIN) -> str:
     """Whether the student (the second policy) is worse than the teacher by less than ``margin``, in words.
 
     Decided by the score test at the margin, one-sided at half of ``alpha`` (:func:`robopolicy.evaluate.stats.paired_score`). The
-    interval that is shown beside it is too short where the two hardly ever disagree. Both are approximate for few episodes: what the exact paired test cannot tell from equal is not called worse.
+    interval that is shown beside it is too short where the two hardly ever disagree. Both are approximate for few episodes:
+    what the exact paired test cannot tell from equal is not called worse.
     """
     pair = comparison.pairs[0]
     only_a, only_b, p = pair.mcnemar
