@@ -211,6 +211,7 @@ def test_of_a_superposition_its_own_samples_are_learnt(
         ([], "distil it by --method reflow"),
         (["--method", "ctm"], "distil it by --method reflow"),
         (["--method", "reflow", "--teacher-sampler", "{type: euler, num_steps: 10}"], "would be the plain mean"),
+        (["--method", "reflow", "policy.sampler.num_steps=1"], "a student of one step is the mean"),
         (["--method", "reflow", "--teacher-sampler", f"{{type: '{SUPERPOSE}', mode: or}}"], "rule 'and'"),
     ],
 )
