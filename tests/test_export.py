@@ -314,7 +314,7 @@ def test_a_missing_package_is_named_before_any_work_and_no_policy_is_blamed(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CheckpointError) as error:
         export(A, tmp_path / "export", backend)
-    assert str(error.value) == f"{package} is not installed; in the checkout of robopolicy: uv pip install -e '.[export]'"
+    assert str(error.value) == f"{package} is not installed; in the checkout of robopolicy, run: uv pip install -e '.[export]'"
     assert not list(tmp_path.iterdir())
 
 
