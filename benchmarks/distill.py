@@ -1,9 +1,9 @@
 """What does one call cost in success? A teacher in ever fewer steps, and students of it by every method.
 
 Teacher and students are tested on the same episodes; the difference to the teacher in its own number of steps is paired, and a
-student counts as not worse when the 95 % interval of its difference in success ends above -2 points. Latency is of torch, from
-observations to actions, batch 1, one thread, over calls that take turns: in processor time, which other work on the machine
-changes little (`robopolicy bench latency` measures by the clock). Runs that are there already are not made again.
+student counts as not worse when the paired score test rejects that it is worse by 2 points, one-sided at 2.5 %. Latency is of
+torch, from observations to actions, batch 1, one thread, over calls that take turns: in processor time, which other work on
+the machine changes little (`robopolicy bench latency` measures by the clock). Runs that are there already are not made again.
 
     python -m benchmarks.distill outputs/pusht_state_flow --out outputs/distill_pusht --set same_noise:train.steps=8000
     python -m benchmarks.distill outputs/lift_dppo --data data/lift_dppo.zarr --methods same_noise --out outputs/distill_lift

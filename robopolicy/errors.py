@@ -34,7 +34,7 @@ class EvaluationError(RobopolicyError):
 
 def install(*extras: str) -> str:
     """How to get what is missing. Not by name from an index: nobody knows whose package that is."""
-    return f"in the checkout of robopolicy: uv pip install -e '.[{','.join(extras)}]'"
+    return f"in the checkout of robopolicy, run: uv pip install -e '.[{','.join(extras)}]'"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -96,11 +96,19 @@ def check_batch(rows: Mapping[str, int]) -> None:
             )
 
 
-def bad_actions(actions: np.ndarray, largest: Mapping[str, float]) -> DataError:
+class ActionsError(DataError):
+    """A policy answers with NaN or infinity, in any row of a batch; ``actions`` are all that it answered."""
+
+    actions: np.ndarray
+
+
+def bad_actions(actions: np.ndarray, largest: Mapping[str, float]) -> ActionsError:
     """What is wrong where a policy answers with NaN or infinity; ``largest``: of each observation, the largest entry."""
     row = next(i for i, chunk in enumerate(actions) if not (abs(chunk) < math.inf).all())
     name = max(largest, key=lambda name: largest[name])
-    return DataError(
+    error = ActionsError(
         f"the policy answers row {row} of the batch with NaN or infinity: its training diverged (take an earlier checkpoint), or "
         f"it sees what is far from all that it was trained on (the largest: {largest[name]:.3g} in '{name}'; check that sensor)"
     )
+    error.actions = actions
+    return error

@@ -236,6 +236,19 @@ def test_network_calls_are_those_of_all_parents(tmp_path: Path, capsys: pytest.C
     assert planner.calls == calls
 
 
+def test_a_policy_that_answers_nan_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = policy(**SETTINGS)
+    torch.nn.init.constant_(next(made.net.parameters()), torch.nan)
+    assert cli.main(["bench", "latency", str(made.save(tmp_path / "made")), "--calls", "5"]) == 2
+    assert "NaN or infinity" in capsys.readouterr().err
+
+
+def test_workers_that_are_no_number_are_told_in_plain_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "no/such/policy", "--workers", "abc"])
+    assert "--workers: 'abc' is not a whole number" in capsys.readouterr().err
+
+
 def test_steps_that_a_head_never_learnt_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     provenance = {"teacher": "x", "method": {"type": "same_noise"}, "task": {"name": "toys:Dot", "args": {}}}
     head = policy(**{**SETTINGS, "sampler": {"type": "euler", "num_steps": 1}}).save(tmp_path / "head", provenance)

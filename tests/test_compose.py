@@ -17,9 +17,11 @@ from robopolicy.compose.predict import predict_weights, stacking_weights
 from robopolicy.compose.superpose import SUPERPOSE
 from robopolicy.config import parse
 from robopolicy.data.normalize import Normalizer
+from robopolicy.distill.teacher import Teacher
 from robopolicy.errors import CheckpointError, ConfigError
 from robopolicy.features import Feature
 from robopolicy.generative.path import broadcast_time
+from robopolicy.generative.sampler import Euler
 from robopolicy.policy import Policy, PolicyConfig, load_policy
 
 POSITION, SPEED = Feature("position", (2,), unit="m"), Feature("speed", (3,), unit="m/s")
@@ -63,6 +65,57 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights", "asked"),
+    [
+        ("convex", [1, 0], [1, 0]),
+        ("convex", [0.5, 0.5], [1, 1]),
+        ("product", [0, 1], [0, 1]),
+        ("guidance", [1, 0], [1, 0]),
+        ("guidance", [0, 1], [0, 1]),
+        ("guidance", [1.5, -0.5], [1, 1]),
+        ("and", None, [1, 1]),
+    ],
+)
+def test_network_calls_are_those_that_are_made(rule: Any, weights: list[float] | None, asked: list[int]) -> None:
+    both, calls = compose([A, B], rule=rule, weights=weights), [0, 0]
+    for index, one in enumerate(both.policies):
+
+        def count(*_: object, index: int = index) -> None:
+            calls[index] += 1
+
+        one.net.register_forward_hook(count)
+    act(both)
+    steps = len(both.sampler.times(both.path)) - 1
+    assert calls == [steps * one for one in asked]
+    assert both.nfe == sum(calls)
+
+
+class Pushed(Euler):
+    """A sampler with a walk of its own."""
+
+    def sample(self, field: Any, ctx: Any, x_init: Any, **walk: Any) -> Any:
+        return super().sample(field, ctx, x_init, **walk)
+
+
+def test_what_a_parent_s_own_walk_adds_is_not_lost_without_a_word() -> None:
+    own = {"type": "test_compose:Pushed", "num_steps": 3}
+    pushed, plain = parent(3, sampler=own), parent(4)
+    for parents, settings in (
+        ([plain, pushed], {}),
+        ([pushed, plain], {"rule": "and"}),
+        ([pushed, plain], {"sampler": B.config.sampler}),
+    ):
+        with pytest.raises(ConfigError, match=r"is walked by sampler 'test_compose:Pushed' .* is lost"):
+            compose(parents, **settings)
+    assert isinstance(compose([pushed, plain]).sampler, Pushed)
+    assert isinstance(compose([plain, pushed], sampler=own).sampler, Pushed)
+    compose([plain, pushed.varied(sampler=B.config.sampler)])
+    with pytest.raises(ConfigError, match=r"'test_compose:Pushed' walks in a way of its own, .* drop --teacher-sampler"):
+        Teacher(pushed, {"type": "euler"})
+    assert isinstance(Teacher(pushed, {**own, "num_steps": 9}).sampler, Pushed)
 
 
 # ---- what it computes ------------------------------------------------------------------------------------------------------

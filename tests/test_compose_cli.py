@@ -299,4 +299,4 @@ def test_the_page_s_cost_goes_through_every_verb(
     assert "rtc with jacobian identity" in said
     assert said.count("\n") == 1
     assert main(["export", out]) == 2
-    assert "sampler 'cost:Right' walks in a way of its own" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("robopolicy export: sampler 'cost:Right' walks in a way of its own")

@@ -211,6 +211,7 @@ def test_of_a_superposition_its_own_samples_are_learnt(
         ([], "distil it by --method reflow"),
         (["--method", "ctm"], "distil it by --method reflow"),
         (["--method", "reflow", "--teacher-sampler", "{type: euler, num_steps: 10}"], "would be the plain mean"),
+        (["--method", "reflow", "policy.sampler.num_steps=1"], "a student of one step is the mean"),
         (["--method", "reflow", "--teacher-sampler", f"{{type: '{SUPERPOSE}', mode: or}}"], "rule 'and'"),
     ],
 )
@@ -592,6 +593,19 @@ def test_non_inferiority_is_stated_three_ways(teacher: str) -> None:
     assert result(20).startswith("no verdict")
     assert result(30).startswith("not worse by 2%")
     assert result(5).startswith("worse by more than 2%")
+
+
+def test_pairs_without_a_disagreement_settle_a_margin_only_when_there_are_enough(teacher: str) -> None:
+    """A student that is worse by 2 % agrees with its teacher on 97 seeds with a probability of .98^97 = .14, on 200 of .018."""
+    spec = TaskSpec(str(TASK["name"]), {"max_episode_steps": 7})
+    done = evaluate(load_policy(teacher), spec, range(1), num_envs=1, progress=False)
+
+    def result(pairs: int) -> str:
+        episodes = tuple(done.episodes[0].model_copy(update={"seed": seed}) for seed in range(pairs))
+        return non_inferiority(compare([done.model_copy(update={"episodes": episodes})] * 2))
+
+    assert result(97).startswith("no verdict")
+    assert result(200).startswith("not worse by 2%")
 
 
 def test_few_episodes_are_no_proof_that_a_student_is_worse(teacher: str) -> None:

@@ -15,14 +15,17 @@ import pytest
 import torch
 
 from robopolicy.cli import main
-from robopolicy.errors import EvaluationError, TaskError
+from robopolicy.config import parse
+from robopolicy.data.normalize import Normalizer
+from robopolicy.deploy.delayed import evaluate_delayed
+from robopolicy.errors import DataError, EvaluationError, TaskError
 from robopolicy.evaluate.film import encode_mp4, film_rollouts, replay, write_animation
 from robopolicy.evaluate.paired import align, compare, write_comparison
 from robopolicy.evaluate.record import Episode, Evaluation, Rollout, Settings, TaskRecord, load_evaluation
 from robopolicy.evaluate.report import reproduce
 from robopolicy.evaluate.run import SEEDS, evaluate, noise_generator, rollout
 from robopolicy.features import Feature
-from robopolicy.policy import load_policy, read_provenance
+from robopolicy.policy import Policy, PolicyConfig, load_policy, read_provenance
 from robopolicy.task import Task, TaskSpec
 from robopolicy.vector import VectorEnv
 
@@ -193,6 +196,69 @@ def test_a_policy_that_returns_nan_or_a_wrong_shape_is_named_with_the_episode():
 
     with pytest.raises(EvaluationError, match="shape"):
         quick(Flat())
+
+
+class Leaps(Slide):
+    """Ends after one step in an episode of seed 0 and after four in others, and shows ``last`` then."""
+
+    def __init__(self, last):
+        super().__init__(ends=False)
+        self.last = last
+
+    def reset(self, *, seed=None, options=None):
+        self.max_episode_steps = 1 if seed == 0 else 4
+        return super().reset(seed=seed, options=options)
+
+    def _observe(self):
+        shown = super()._observe()
+        return shown if self.count < self.max_episode_steps else {**shown, "x": np.array([self.last], np.float32)}
+
+
+def sliding_policy():
+    """A real policy for the task, of random weights."""
+    task = Slide()
+    value = {
+        "n_obs_steps": 1,
+        "horizon": 2,
+        "n_action_steps": 1,
+        "encoder": {"type": "state"},
+        "net": {"type": "mlp", "width": 8},
+    }
+    normalizers = {name: Normalizer(1, "identity") for name in (*task.observation_features, "action")}
+    made = Policy(parse(PolicyConfig, value), task.observation_features, task.action_feature, normalizers).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.mark.parametrize("last", [np.nan, 3e38])
+def test_what_an_episode_ended_on_does_not_fail_the_others(last):
+    spec = TaskSpec("test_evaluate:Leaps", {"last": last})
+    done = quick(sliding_policy(), [0, 1], spec)
+    assert [e.length for e in done.episodes] == [1, 4]
+    late = evaluate_delayed(sliding_policy(), spec, [0, 1], delay=1, num_envs=2, progress=False)
+    assert [e.length for e in late.evaluation.episodes] == [1, 4]
+
+
+def test_an_answer_of_a_row_without_an_episode_does_not_matter(monkeypatch):
+    policy = sliding_policy()
+    decode = policy.decode
+
+    def poisoned(*args, **kwargs):
+        actions = decode(*args, **kwargs)
+        actions[0] = np.nan
+        return actions
+
+    def after_the_first(*args, **kwargs):
+        monkeypatch.setattr(policy, "decode", poisoned)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(policy, "decode", after_the_first)
+    assert len(quick(policy, [0, 1], TaskSpec("test_evaluate:Leaps", {"last": 0.0})).episodes) == 2
+    with pytest.raises(EvaluationError, match=r"'mine' returned NaN .* seed 3 at step 0"):
+        quick(policy, [3, 4], name="mine")
+    with pytest.raises(DataError, match="answers row 0"):
+        policy.act({name: np.zeros((2, 1, 1), np.float32) for name in policy.observation_features}, torch.Generator())
 
 
 @pytest.mark.parametrize("seeds", [[], [3, 3], [-1]])

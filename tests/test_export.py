@@ -314,7 +314,7 @@ def test_a_missing_package_is_named_before_any_work_and_no_policy_is_blamed(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CheckpointError) as error:
         export(A, tmp_path / "export", backend)
-    assert str(error.value) == f"{package} is not installed; in the checkout of robopolicy: uv pip install -e '.[export]'"
+    assert str(error.value) == f"{package} is not installed; in the checkout of robopolicy, run: uv pip install -e '.[export]'"
     assert not list(tmp_path.iterdir())
 
 
@@ -342,12 +342,13 @@ def test_an_earlier_export_is_replaced_and_other_files_are_not(tmp_path: Path) -
     assert not list(tmp_path.glob(".partial*"))
 
 
-def test_a_graph_that_deviates_from_torch_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_graph_that_deviates_from_torch_is_no_export(factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Normalizer.unnormalize
     made = policy(**CASES["one step"])
 
     def wrong(self: Normalizer, x: torch.Tensor) -> torch.Tensor:
-        return right(self, x) * (1.01 if torch.jit.is_tracing() else 1.0)
+        return right(self, x) * (factor if torch.jit.is_tracing() else 1.0)
 
     monkeypatch.setattr(Normalizer, "unnormalize", wrong)
     with pytest.raises(ConfigError, match="deviates from torch"):

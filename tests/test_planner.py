@@ -430,6 +430,12 @@ def test_exports_bear_a_delay_where_plans_know_of_no_other(tmp_path: Path, capsy
     assert "use pause, latest or ensemble, or the checkpoint behind it" in capsys.readouterr().err
 
 
+def test_a_planner_is_refused_by_the_name_that_it_was_asked_for() -> None:
+    for name in ("rtc", "rtc_trained", "streaming"):
+        with pytest.raises(ConfigError, match=f"planner '{name}' guides what the policy sees"):
+            make_planner(name, compose([policy(), policy()], rule="and"))
+
+
 def test_rti_of_a_head_that_knows_other_times_only_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head = {"teacher": "x", "method": {"type": "same_noise"}}
     task = {"task": {"name": "toys:Dot", "args": {}}}
@@ -441,8 +447,9 @@ def test_rti_of_a_head_that_knows_other_times_only_is_said(tmp_path: Path, capsy
     for folder, executor, said in (
         ("head", "{type: rti, steps: 1}", "at t = 0.7, and its network was distilled for t = 1 only"),
         ("head", "{type: rti, steps: 1, t_start: 1.0}", ""),
+        ("head", "{type: rti, steps: 3, t_start: 1.0}", ""),
         ("head", "rtc", ""),
-        ("composed", "rti", "at t = 0.7, 0.467, 0.233, and"),
+        ("composed", "rti", "of which 'b' at t = 0.7, 0.467, 0.233, and"),
         ("teacher", "rti", ""),
     ):
         assert main(["eval", str(tmp_path / folder), "--delay", "1", "--episodes", "2", "--executor", executor]) == 0

@@ -18,6 +18,7 @@ from robopolicy.evaluate.stats import (
     mcnemar,
     mean_interval,
     paired_log_e,
+    paired_score,
     pooled_interval,
     required_episodes,
     sequential,
@@ -167,6 +168,30 @@ def test_mcnemar_is_the_binomial_test_on_disagreements(pairs):
     assert (result.only_a, result.only_b) == (only_a, only_b)
     assert result.p_value == (binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0)
     assert mcnemar(b, a).p_value == pytest.approx(result.p_value)
+
+
+def test_paired_score_is_that_of_the_likeliest_policies_at_the_difference():
+    for only_a, only_b, n, difference in ((3, 5, 60, -0.02), (0, 0, 97, -0.02), (9, 0, 40, 0.1), (12, 30, 300, -0.05)):
+        grid = np.linspace(max(0.0, -difference), (1 - difference) / 2, 400_001)[1:-1]
+        with np.errstate(divide="ignore"):
+            both = np.log(grid + difference) * only_b if only_b else 0.0
+            likelihood = both + np.log(grid) * only_a + np.log(1 - 2 * grid - difference) * (n - only_a - only_b)
+        p = grid[np.argmax(likelihood)]
+        expected = (only_b - only_a - n * difference) / math.sqrt(n * (2 * p + difference * (1 - difference)))
+        assert float(paired_score(only_a, only_b, n, difference)) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("disagree", [0.0201, 0.022, 0.03, 0.05, 0.1, 0.2])
+def test_paired_score_errs_as_often_as_it_says(disagree):
+    """Exact: of policies that are worse by just the margin, how many of 100 pairs pass at 2.5 %, one-sided."""
+    n, margin = 100, 0.02
+    only_a, only_b = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
+    either = only_a + only_b
+    weight = binom.pmf(either, n, disagree) * binom.pmf(only_a, either, (disagree + margin) / 2 / disagree)
+    possible = either <= n
+    passed = paired_score(np.where(possible, only_a, 0), np.where(possible, only_b, 0), n, -margin) > norm.isf(0.025)
+    assert weight[possible].sum() == pytest.approx(1)
+    assert weight[possible & passed].sum() < 0.027
 
 
 def test_interval_of_the_success_difference_covers():

@@ -151,6 +151,8 @@ def _latency(args: argparse.Namespace) -> int:
         policies = _contestants(args, Path(scratch))
         first = next(iter(policies.values()))
         obs = observations(first.observation_features, first.n_obs_steps, args.batch)
+        for policy in policies.values():
+            policy.act(obs, torch.Generator().manual_seed(0))  # one that answers NaN is none to measure, and raises
         started = machine()
         stack.enter_context(busy(args.load))
         begun = time.perf_counter()

@@ -33,7 +33,8 @@ sampler.*, n_action_steps, prior_std, renormalize=true).
 
 --search chooses weights on seeds from 300000 and tests them on others, from 200000, against: every parent alone by the same
 sampler; every parent as it came; the best parent with as many network calls as the composition makes; equal weights; and, for
-and/or, the plain mean by the same stochastic sampler. OUT becomes a policy that every other verb takes."""
+and/or, the plain mean by the same stochastic sampler. OUT becomes a policy that every other verb takes, of the first
+parent's task; --task and --task-arg name another, also without --search: `eval` of OUT then runs that one."""
 
 
 SEARCHING: dict[str, Any] = {  # the arguments that only --search uses, and their defaults

@@ -35,6 +35,9 @@ class Mixture:
 
     Raises:
         ConfigError: The weights, or the parents, do not fit the rule.
+
+    Attributes:
+        asked: Which of the fields a call asks: not those of weight 0.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Mixture:
         if rule == "guidance":
             self._check_guidance(sums_to_one, weights)
             self.mixed: Field = Guidance(self.fields[0], self.fields[1], float(weights[0]))
+            self.asked = [index for index, weight in enumerate(weights) if weight]
             return
         if rule == "product" and not (float(given.min()) >= 0 and float(given.sum()) > 0):
             raise ConfigError(f"weights {list(weights)}: rule product needs exponents, none negative, not all 0")
@@ -67,6 +71,7 @@ class Mixture:
         total = (have * given).sum(0)
         elsewhere = torch.where(total > 0, have * given / total.clamp_min(1e-12), self.alone)
         by_row = torch.where(shared, given, elsewhere)
+        self.asked = [index for index, weight in enumerate(by_row) if bool((weight > 0).any())]
         self.mixed = Product(self.fields, by_row, path, prior_std) if rule == "product" else Convex(self.fields, by_row)
 
     def _check_guidance(self, sums_to_one: bool, weights: Sequence[float]) -> None:

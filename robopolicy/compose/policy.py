@@ -129,7 +129,7 @@ class Composed(Policy):
 
     @property
     def networks(self) -> int:
-        return sum(parent.networks for parent in self.policies)
+        return sum(self.policies[index].networks for index in self._mixture.asked)
 
     @property
     def normalizers(self) -> dict[str, Normalizer]:  # type: ignore[override]
@@ -290,7 +290,16 @@ def compose(
         chosen["sampler"] = {"type": SUPERPOSE, "mode": rule, **steps}
     if "path" in settings and settings["path"] != first.path and "prediction" not in settings:
         settings["prediction"] = "flow"  # well posed at both ends of every path
-    return Composed(parse(ComposedConfig, {**chosen, **settings}, where="compose"), parents).eval()
+    composed = Composed(parse(ComposedConfig, {**chosen, **settings}, where="compose"), parents).eval()
+    for index, parent in enumerate(parents):
+        if not composed.sampler.keeps(parent.sampler):
+            own, new = (policy.config.sampler["type"] for policy in (parent, composed))
+            raise ConfigError(
+                f"parent {index} is walked by sampler '{own}' in a way of its own, and what that adds is lost where the "
+                f"composition is walked by '{new}'; give sampler.type={own}, or compose the parent without it "
+                "(policy.varied(sampler=...))"
+            )
+    return composed
 
 
 def plain_sampler(policy: Composed) -> dict[str, Any]:

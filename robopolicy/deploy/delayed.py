@@ -303,6 +303,8 @@ class _Run:
             robot = self.robots[i]
             assert robot is not None
             generators[i] = robot.generator
+        for values in self.history.values():
+            values[[robot is None for robot in self.robots]] = 0  # what an episode ended on may be no number
         actions = self.planner.plan(self.history, previous if thinking else None, self.delay, generators)
         if not np.isfinite(actions[[*fresh, *thinking]]).all():
             raise EvaluationError("the planner returned NaN or infinity; evaluate another checkpoint, or lower its guidance")

@@ -144,7 +144,7 @@ def export(
         deviations = parity(policy, ExportedPolicy(partial))
         if worst := [name for name, value in deviations.items() if not value <= _REFUSED]:
             raise ConfigError(
-                f"export: graph '{worst[0]}' deviates from torch by {deviations[worst[0]]:.1e}; "
+                f"graph '{worst[0]}' deviates from torch by {deviations[worst[0]]:.1e}; "
                 f"{backend} cannot express a part of this policy, try another with --to"
             )
         manifest.model_copy(update={"parity": deviations}).save(partial)
@@ -166,14 +166,14 @@ def walk(policy: Policy) -> tuple[Step, ...]:
     from robopolicy.generative.path import Pred
 
     sampler, path = policy.sampler, policy.path
-    if type(sampler).sample is not samplers.Sampler.sample:
+    if sampler.own_walk:
         if getattr(sampler, "superposes", False):
             raise ConfigError(
-                "export: a composition by rule and/or is walked in a way that graphs cannot express; "
+                "a composition by rule and/or is walked in a way that graphs cannot express; "
                 "compose with rule convex or product, or export a student of it (robopolicy distill --method reflow)"
             )
         raise ConfigError(
-            f"export: sampler '{policy.config.sampler['type']}' walks in a way of its own, which is not in the graphs; "
+            f"sampler '{policy.config.sampler['type']}' walks in a way of its own, which is not in the graphs; "
             "choose another sampler, or distil the policy and export the student"
         )
     zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
@@ -212,7 +212,7 @@ def parity(policy: Policy, exported: ExportedPolicy, rounds: int = 4) -> dict[st
     def compare(name: str, found: np.ndarray, expected: Tensor) -> None:
         wanted = expected.cpu().numpy()
         error = np.abs(found - wanted).max() / max(1.0, float(np.abs(wanted).max()))
-        deviations[name] = max(deviations[name], float(error))
+        deviations[name] = float(np.maximum(deviations[name], error))  # which keeps NaN, as max does not
 
     rng = np.random.default_rng(0)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def _to_onnx(part: Part, examples: tuple[Tensor, ...], file: Path) -> None:
         )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"export: a part of this policy has no ONNX operator ({reason}); try --to torchscript") from error
+        raise ConfigError(f"a part of this policy has no ONNX operator ({reason}); try --to torchscript") from error
 
 
 def _to_openvino(file: Path) -> Path:

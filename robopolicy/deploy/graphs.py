@@ -131,7 +131,7 @@ def exportable(policy: Policy, backend: Backend) -> Policy:
     nested = [m for m in copied.modules() if isinstance(m, Policy) and m is not copied]
     if any(part.config.frozen_above is not None for part in nested):
         raise ConfigError(
-            "export: a part of this composition switches networks within the walk (frozen_above), which one graph cannot; "
+            "a part of this composition switches networks within the walk (frozen_above), which one graph cannot; "
             "distil the composition and export the student"
         )
     return copied

@@ -32,7 +32,7 @@ from robopolicy.generative.fields import Field
 from robopolicy.generative.losses import staircase
 from robopolicy.generative.path import Pred, broadcast_time
 from robopolicy.generative.prefix import Inpainted, Pinned, Schedule, identity_pull, residual_gradient, soft_mask
-from robopolicy.generative.sampler import Generators, Sampler, clip_pred, randn
+from robopolicy.generative.sampler import Generators, clip_pred, randn
 from robopolicy.policy import Observations, Policy
 
 _PULL = 1.5  # of the way to the old chunk, at most, in the last call: at 2 a row ends on the other side, as far as it was
@@ -52,7 +52,7 @@ class Planner(ABC):
     def __init__(self, policy: Policy) -> None:
         if self.asks_field and getattr(policy.sampler, "superposes", False):
             raise ConfigError(
-                f"planner '{type(self).__name__}' guides what the policy sees, and a composition by rule and/or is not seen but "
+                f"planner '{_name(type(self))}' guides what the policy sees, and a composition by rule and/or is not seen but "
                 "sampled; use planner plain, rti or bid, compose with rule convex or product, or take a student of it "
                 "(robopolicy distill --method reflow)"
             )
@@ -62,7 +62,7 @@ class Planner(ABC):
         self.calls = 0
         if self.needs_previous and policy.config.action.type == "delta" and self.now:
             raise ConfigError(
-                f"planner '{type(self).__name__}': with actions of type delta and n_obs_steps {policy.n_obs_steps} the first row "
+                f"planner '{_name(type(self))}': with actions of type delta and n_obs_steps {policy.n_obs_steps} the first row "
                 "follows one that was executed before; train with type relative, or n_obs_steps 1"
             )
 
@@ -174,9 +174,10 @@ class RTC(Planner):
         if self.config.jacobian == "identity" and (pull := identity_pull(policy.path, last, self.config.limit)) > _PULL:
             raise ConfigError(
                 f"planner 'rtc' with jacobian identity: the last call of this sampler ({policy.sampler.nfe(policy.path)} in all) "
-                f"would move rows {pull:.3g} times the way to the old chunk, and no later one corrects that; use rtc as it is"
+                f"would move rows {pull:.3g} times the way to the old chunk, and no later one corrects that; take the true "
+                "one, which is rtc's own"
             )
-        if type(policy.sampler).sample is not Sampler.sample:
+        if policy.sampler.own_walk:
             self._try()
 
     @torch.no_grad()
@@ -341,7 +342,7 @@ class Streaming(Planner):
     def __init__(self, policy: Policy, config: Streaming.Config | None = None) -> None:
         super().__init__(policy)
         self.config = config or Streaming.Config()
-        if type(policy.sampler).sample is not Sampler.sample:
+        if policy.sampler.own_walk:
             raise ConfigError(
                 f"planner 'streaming' walks by itself, without what sampler '{policy.config.sampler['type']}' does on its "
                 "own way; use planner plain, rti or bid"
@@ -460,6 +461,12 @@ PLANNERS: Mapping[str, str] = {
     "streaming": "robopolicy.deploy.planner:Streaming",
     "bid": "robopolicy.deploy.planner:BID",
 }
+
+
+def _name(cls: type[Planner]) -> str:
+    """As it is asked for."""
+    place = f"{cls.__module__}:{cls.__name__}"
+    return next((name for name, known in PLANNERS.items() if known == place), place)
 
 
 def make_planner(setting: Mapping[str, object] | str, policy: Policy) -> Planner:

@@ -144,7 +144,6 @@ def _config(args: argparse.Namespace) -> DistillConfig:
     from robopolicy.distill.methods.base import Method
     from robopolicy.distill.observations import data_section
     from robopolicy.distill.student import settings
-    from robopolicy.distill.teacher import draws
     from robopolicy.policy import load_policy
     from robopolicy.rl.config import merge
 
@@ -167,7 +166,7 @@ def _config(args: argparse.Namespace) -> DistillConfig:
         "name": f"{Path(args.teacher).resolve().name}_{name}",
         "task": task,
         "data": data_section(teacher, args.teacher, args.data),
-        "policy": settings(teacher, {**method.policy(), **((method.OF_DRAWS or {}) if draws(teacher) else {})}),
+        "policy": settings(teacher, method.policy_for(teacher)),
         "teacher": args.teacher,
         "method": asked,
     }

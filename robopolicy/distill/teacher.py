@@ -30,7 +30,8 @@ class Teacher:
         sampler: How it is sampled, instead of its own: a function of its first noise; of a superposition, one of the same mode.
 
     Raises:
-        ConfigError: The sampler draws noise on the way and has no counterpart that does not, or does not superpose as it must.
+        ConfigError: The sampler draws noise on the way and has no counterpart that does not, or what the policy's own
+            adds on its way would be lost.
 
     Attributes:
         calls: Network calls that were made for one chunk each, so far.
@@ -41,12 +42,18 @@ class Teacher:
     def __init__(self, policy: Policy, sampler: Mapping[str, Any] | None = None) -> None:
         self.policy = policy.eval().requires_grad_(False)
         self.sampler = _deterministic(policy) if sampler is None else _build(sampler)
-        self.draws, self.flows = draws(policy), type(self.sampler).sample is Sampler.sample
+        self.draws, self.flows = draws(policy), not self.sampler.own_walk
         if isinstance(policy.sampler, Superpose) and _mode(self.sampler) != _mode(policy.sampler):
             raise ConfigError(
                 f"the teacher is a composition by rule '{_mode(policy.sampler)}', which is a way of sampling: by sampler "
                 f"'{dict(sampler or {}).get('type')}' it would be the plain mean; drop --teacher-sampler, or give "
                 f"'{{type: {SUPERPOSE}, mode: {_mode(policy.sampler)}, num_steps: 30}}'"
+            )
+        if not self.sampler.keeps(policy.sampler):
+            own = policy.config.sampler["type"]
+            raise ConfigError(
+                f"the teacher's sampler '{own}' walks in a way of its own, and what it adds is lost with sampler "
+                f"'{dict(sampler or {}).get('type')}'; drop --teacher-sampler, or give one of type {own}"
             )
         self.on_linear = OnPath(policy.field, policy.path, _LINEAR)
         self.networks, self.calls = policy.networks, 0

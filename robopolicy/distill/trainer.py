@@ -43,7 +43,7 @@ class Distiller(Trainer):
             override_noise(policy, experiment.teacher_noise, experiment.teacher)
             check_walk(policy, experiment.teacher)
         self.teacher = Teacher(policy, experiment.teacher_sampler)
-        self.method.check(self.teacher)
+        self.method.check(self.teacher, experiment.policy)
         self.teacher_origin = {
             "path": experiment.teacher,
             "digest": str(read_document(folder / "policy").get("sha256")),

@@ -342,21 +342,24 @@ def warn_of_untrained_times(path: str, planner: Mapping[str, Any] | str) -> None
     """Say so when the planner asks a distilled network at times at which it was never trained: no step is refused, as that may
     go well."""
     from robopolicy.config import component
+    from robopolicy.deploy.manifest import is_export
     from robopolicy.deploy.planner import PLANNERS, RTI
-    from robopolicy.distill.times import trained_times
+    from robopolicy.distill.times import lineage, trained_times
+    from robopolicy.train.checkpoint import find_policy, read_document
 
     cls, config = component("planner", planner, PLANNERS)
-    if not (isinstance(cls, type) and issubclass(cls, RTI) and isinstance(config, RTI.Config)):
+    if not (isinstance(cls, type) and issubclass(cls, RTI) and isinstance(config, RTI.Config)) or is_export(path):
+        return
+    if config.t_start == 1:  # nothing is left of the guess: the policy is sampled by its own steps
         return
     asked = [config.t_start * (1 - step / config.steps) for step in range(config.steps)]
-    origins = [_origin(path)]
-    for origin in origins:  # a composition, then its parents, and theirs
-        origins += [parent["provenance"] for parent in origin.get("parents", ())]
+    document = read_document(find_policy(path) / "policy")
+    for name, _, origin in lineage(f"'{path}'", document, document.get("provenance", {})):
         trained = trained_times(origin)
         strange = [] if trained is None else [t for t in asked if all(abs(t - own) > 1e-6 for own in trained)]
         if trained is not None and strange:
             print(
-                f"note: planner rti asks '{path}' at t = {', '.join(f'{t:.3g}' for t in strange)}, and its network was distilled "
+                f"note: planner rti asks {name} at t = {', '.join(f'{t:.3g}' for t in strange)}, and its network was distilled "
                 f"for t = {', '.join(f'{t:g}' for t in trained)} only; compare with executor latest before you use it",
                 file=sys.stderr,
             )
@@ -427,15 +430,23 @@ def _short(policy: str) -> str:
 
 def count(text: str) -> int:
     """Of an argument: an integer of at least 1."""
-    value = int(text)
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
 
 
+def _integer(text: str) -> int:
+    """As :class:`int`; of what is none argparse would say that it is an invalid value of the function that asked."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from error
+
+
 def natural(text: str) -> int:
     """Of an argument: an integer of at least 0."""
-    value = int(text)
+    value = _integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from robopolicy.errors import EvaluationError, TaskError
 from robopolicy.evaluate.film import film_rollouts
 from robopolicy.evaluate.record import Episode, Evaluation, Film, Rollout, Settings, TaskRecord, check_seeds
-from robopolicy.features import Feature
+from robopolicy.features import ActionsError, Feature
 from robopolicy.policy import Policy
 from robopolicy.provenance import provenance
 from robopolicy.task import TaskSpec
@@ -154,7 +154,9 @@ def rollout(policy: Actor, env: VectorEnv, seeds: Sequence[int], *, noise_seed: 
         if not live:
             return
         _check_observations(history, live)
-        actions = policy.act(history, generators)
+        for values in history.values():
+            values[[slot is None for slot in slots]] = 0  # what an episode ended on may be no number, and nobody reads the answer
+        actions = _act(policy, history, generators)
         _check_actions(actions, live, policy, name)
         step = env.step(actions, np.array([slot is not None for slot in slots]))
         history = {n: np.concatenate([past, step.obs[n]], axis=1)[:, -policy.n_obs_steps :] for n, past in history.items()}
@@ -237,6 +239,14 @@ def _same(wanted: Feature, found: Feature, name: str, what: str) -> None:
             raise TaskError(f"{name} of the {what} has {aspect} {theirs}, the policy was trained on {ours}; check --{what}-arg")
 
 
+def _act(policy: Actor, obs: Mapping[str, np.ndarray], generators: Sequence[torch.Generator]) -> np.ndarray:
+    """What it answers, also where that is NaN: of which episode is known here, and the rows of none do not matter."""
+    try:
+        return policy.act(obs, generators)
+    except ActionsError as error:
+        return error.actions
+
+
 def _check_observations(history: Mapping[str, np.ndarray], live: Mapping[int, _Slot]) -> None:
     for name, values in history.items():
         if values.dtype.kind != "f" or np.isfinite(values).all():
@@ -254,5 +264,5 @@ def _check_actions(actions: np.ndarray, live: Mapping[int, _Slot], policy: Actor
         if not np.isfinite(actions[i]).all():
             raise EvaluationError(
                 f"policy '{name}' returned NaN or infinity in the episode of seed {slot.seed} at step {slot.steps}; "
-                "its training diverged: evaluate an earlier checkpoint"
+                "its training diverged (evaluate an earlier checkpoint), or it sees what is far from all that it was trained on"
             )

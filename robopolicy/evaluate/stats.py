@@ -167,6 +167,20 @@ def success_difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> In
     return Interval(float(b.mean() - a.mean()), max(-1.0, float(centre - half)), min(1.0, float(centre + half)), level)
 
 
+def paired_score(only_a: np.ndarray | int, only_b: np.ndarray | int, n: int, difference: float) -> np.ndarray:
+    """Score statistic of ``P(B succeeds) - P(A succeeds) = difference`` (not 0) from ``n`` pairs (Tango 1998); normal if it is.
+
+    Positive when B does better than that. Its variance is that of the likeliest policies whose difference is just that, so it
+    does not take few disagreements for certainty, as an interval from the observed variance does.
+    """
+    only_a, only_b = np.asarray(only_a, np.float64), np.asarray(only_b, np.float64)
+    linear = (2 * n - only_b + only_a) * difference - only_a - only_b
+    constant = -only_a * difference * (1 - difference)
+    p_only_a = (np.sqrt(linear**2 - 8 * n * constant) - linear) / (4 * n)  # likeliest, with p_only_b = p_only_a + difference
+    score: np.ndarray = (only_b - only_a - n * difference) / np.sqrt(n * (2 * p_only_a + difference * (1 - difference)))
+    return score
+
+
 def sign_flip_p(differences: np.ndarray, rng: np.random.Generator) -> float:
     """Two-sided permutation p-value of paired differences ``[n]``: under equality each is as likely to have the other sign."""
     d = np.asarray(differences, dtype=np.float64)

@@ -205,6 +205,15 @@ class Sampler(ABC):
     def clip(self) -> float | None:
         """Bound of ``x0``, see :func:`clip_pred`."""
 
+    @property
+    def own_walk(self) -> bool:
+        """Whether it walks in a way of its own, and so may add to the field: a cost, a superposition."""
+        return type(self).sample is not Sampler.sample
+
+    def keeps(self, walk: Sampler) -> bool:
+        """Whether what ``walk`` may add on its own way is not lost when this one takes its place."""
+        return not walk.own_walk or type(self) is type(walk)
+
     def times(self, path: Path, t_start: float = 1.0) -> tuple[float, ...]:
         """Times of a walk from ``t_start``: the path's grid for :meth:`num_steps`, or, for a warm start, the part of it below."""
         return _grid(path, self.num_steps(path), float(t_start))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from robopolicy import config as base
-from robopolicy.distill.teacher import Teacher
+from robopolicy.distill.teacher import Teacher, draws
 from robopolicy.errors import ConfigError
 from robopolicy.generative.losses import draw_times
 from robopolicy.generative.path import broadcast_time
 from robopolicy.generative.sampler import randn
-from robopolicy.policy import Policy
+from robopolicy.policy import Policy, PolicyConfig
 
 JUMP: Mapping[str, Any] = {"prediction": "flow", "target_time": True, "sampler": {"type": "jump", "num_steps": 1}}
 
@@ -77,8 +77,8 @@ class Method(ABC):
         """The only times at which the student's network is trained; None: everywhere. A sampler must not stop at others."""
         return None
 
-    def check(self, teacher: Teacher) -> None:
-        """Raises ConfigError for a teacher that it cannot learn from."""
+    def check(self, teacher: Teacher, student: PolicyConfig) -> None:
+        """Raises ConfigError for a teacher that it cannot learn from, or not by such a student."""
         if self.from_data:
             return
         if teacher.draws and self.OF_DRAWS is None:
@@ -91,6 +91,10 @@ class Method(ABC):
                 "the teacher's sampler walks in a way of its own, and this method asks for the field alone; take --method "
                 "same_noise or reflow, which learn from its samples"
             )
+
+    def policy_for(self, teacher: Policy) -> Mapping[str, Any]:
+        """What the student of this teacher has: :meth:`policy`, and where its chunks are draws :attr:`OF_DRAWS`."""
+        return {**self.policy(), **((self.OF_DRAWS or {}) if draws(teacher) else {})}
 
     @abstractmethod
     def policy(self) -> Mapping[str, Any]:

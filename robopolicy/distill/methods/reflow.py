@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from robopolicy import config as base
+from robopolicy.config import component
 from robopolicy.distill.methods.base import Method, Models, Samples, mean_square, times
-from robopolicy.generative.path import broadcast_time
-from robopolicy.generative.sampler import randn
+from robopolicy.distill.teacher import Teacher
+from robopolicy.errors import ConfigError
+from robopolicy.generative.path import LinearFlow, broadcast_time
+from robopolicy.generative.sampler import SAMPLERS, randn
+from robopolicy.policy import PolicyConfig
 
 
 class Reflow(Method):
@@ -29,6 +33,15 @@ class Reflow(Method):
         pass
 
     OF_DRAWS = {"sampler": {"type": "euler", "num_steps": 10}}
+
+    def check(self, teacher: Teacher, student: PolicyConfig) -> None:
+        super().check(teacher, student)
+        cls, config = component("sampler", student.sampler, SAMPLERS)
+        if teacher.draws and len(cls(config).times(LinearFlow())) == 2:
+            raise ConfigError(
+                "policy.sampler: of a teacher whose chunks are draws (rule and/or) a student of one step is the mean; leave "
+                "policy.sampler.num_steps at 10, then distil that student by --method same_noise for one call"
+            )
 
     def policy(self) -> Mapping[str, Any]:
         return {"prediction": "flow", "sampler": {"type": "euler", "num_steps": 1}}
