@@ -137,7 +137,7 @@ def find_policy(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(
-            f"checkpoint '{path}' does not exist; give a run folder of `robopolicy train` or one of its checkpoints"
+            f"checkpoint '{path}' does not exist; give a run of `robopolicy train` or `quickstart`, or one of its checkpoints"
         )
     if (path / "policy.json").exists():
         return path
