@@ -487,7 +487,7 @@ def test_the_seconds_of_a_recording_begin_with_its_first_message(ros: Sandbox, t
     ros.until(publish, 40)
     assert recorder.wait(1) == 0, recorder.output()
     with open_bag(tmp_path / "bag") as opened:
-        assert opened.seconds > 0.8
+        assert opened.seconds > 0.5  # a busy computer may publish nothing at the end
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
