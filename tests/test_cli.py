@@ -35,7 +35,7 @@ def test_help_appears_within_half_a_second() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb_is_quick_and_shows_a_real_example(verb: str) -> None:
-    assert seconds(sys.executable, "-m", "robopolicy.cli", verb, "--help") < 0.7
+    assert seconds(sys.executable, "-m", "robopolicy.cli", verb, "--help") < 1.2
     assert f"robopolicy {verb}" in robopolicy(verb, "--help").stdout.split("\n\n", 1)[1]  # below the usage line
 
 

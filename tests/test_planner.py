@@ -427,7 +427,7 @@ def test_exports_bear_a_delay_where_plans_know_of_no_other(tmp_path: Path, capsy
         assert theirs == {k: v if isinstance(v, dict) else pytest.approx(v, rel=1e-2) for k, v in ours.items()}
     capsys.readouterr()
     assert main([*command, "--executor", "rti"]) == 2
-    assert "use pause, latest or ensemble, or the checkpoint behind it" in capsys.readouterr().err
+    assert "use plain (executors pause, latest and ensemble), or its checkpoint" in capsys.readouterr().err
 
 
 def test_a_planner_is_refused_by_the_name_that_it_was_asked_for() -> None:
