@@ -426,12 +426,11 @@ def test_topics_are_recorded_as_they_come_and_replayed_with_stamps_of_now(
     bag = tmp_path / "bag"
     recorder = ros.run([sys.executable, "-m", "robopolicy.cli", "bag", "record", str(bag), "--seconds", "60"])
     ros.until(lambda: "recording '/joint_states'" in recorder.output() and states.get_subscription_count(), 30)
-    clock, began = RosClock(), time.monotonic()
+    clock = RosClock()
     for k in range(150):
         states.publish(messages.joint_state(["a"], np.array([float(k)]), None, clock.stamp()))
         commands.publish(messages.float_array(np.zeros(7)))
         ros.spin(0.01)
-    lasted = time.monotonic() - began
     recorder.send(signal.SIGINT)
     assert recorder.wait(20) == 0, recorder.output()
     assert "nobody published '/gripper/command'" in recorder.output()
@@ -461,13 +460,13 @@ def test_topics_are_recorded_as_they_come_and_replayed_with_stamps_of_now(
     assert np.diff([m.position[0] for m in found]).min() > 0
     stamps = [m.header.stamp.sec + m.header.stamp.nanosec * 1e-9 for m in found]
     assert abs(stamps[-1] - time.time()) < 20
-    assert 0.2 * lasted < stamps[-1] - stamps[0] < 0.9 * lasted  # twice as fast, on a busy computer, too
+    assert 0.3 < stamps[-1] - stamps[0] < 1.5  # twice as fast
     assert moved == []
     assert f"'{COMMANDS}' is left out" in replayed.output()
     allowed = ["bag", "replay", str(bag), "--topic", COMMANDS, "--commands", "--rate", "1"]
     replayed = ros.run([sys.executable, "-m", "robopolicy.cli", *allowed])
     ros.until(lambda: not replayed.alive, 30)
-    assert moved, replayed.output()
+    assert len(moved) > 10, replayed.output()
 
 
 def test_the_seconds_of_a_recording_begin_with_its_first_message(ros: Sandbox, tmp_path: Path) -> None:
@@ -487,7 +486,7 @@ def test_the_seconds_of_a_recording_begin_with_its_first_message(ros: Sandbox, t
     ros.until(publish, 40)
     assert recorder.wait(1) == 0, recorder.output()
     with open_bag(tmp_path / "bag") as opened:
-        assert opened.seconds > 0.5  # a busy computer may publish nothing at the end
+        assert opened.seconds > 0.8
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])

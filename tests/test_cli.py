@@ -1,8 +1,8 @@
 """The command line: fast help, help that teaches, one-line errors, exit codes."""
 
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,12 @@ def robopolicy(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def seconds(*command: str) -> float:
-    """Of processor time, the quickest of five runs: the machine is shared, and nothing here waits for anything else."""
+    """The quickest of five runs: the machine is shared."""
     times = []
     for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
@@ -35,7 +34,7 @@ def test_help_appears_within_half_a_second() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb_is_quick_and_shows_a_real_example(verb: str) -> None:
-    assert seconds(sys.executable, "-m", "robopolicy.cli", verb, "--help") < 1.2
+    assert seconds(sys.executable, "-m", "robopolicy.cli", verb, "--help") < 0.5
     assert f"robopolicy {verb}" in robopolicy(verb, "--help").stdout.split("\n\n", 1)[1]  # below the usage line
 
 

@@ -29,18 +29,16 @@ def test_killed_processes_leave_an_arm_that_stands(tmp_path: Path) -> None:
     trials = {trial["victim"]: trial for trial in json.loads(out.read_text())["trials"]}
     assert all(trial["moving"] for trial in trials.values())
     node, inference, arm = trials["node"], trials["inference"], trials["arm"]
-    assert node["still_s"] < 6.0  # s, on a busy computer; docs/results_ros2.md has the figures
+    assert node["still_s"] < 1.5
     assert node["last_command_s"] < 0.5  # nobody commands any more
     assert not node["inference_alive"]  # it goes with the node
-    assert inference["still_s"] < 6.0
+    assert inference["still_s"] < 1.5
     assert any(said.startswith("stopped: inference") for said in inference["said"])
     assert arm["said"][0].startswith("holding: stale state")
-    assert arm["targets_moved_s"] < 6.0
+    assert arm["targets_moved_s"] < 1.5
     for trial in (node, inference):
         assert trial["reflexes"] == 0
-        assert trial["velocity"] <= 1.0
-        # Not 1: a killed node leaves a set point that stands at once, and the servo brakes without a ramp; measured 1.12 of 20.
-        assert trial["acceleration"] <= 1.5
+        assert max(trial["velocity"], trial["acceleration"]) <= 1.0
 
 
 def test_growth_is_a_slope_without_the_beginning() -> None:

@@ -174,7 +174,7 @@ def test_cameras_are_drawn_for_who_looks(arm: Arm, kind: str) -> None:
 
 FAULTS = {
     "drop": (1.0, lambda before, after: not after),
-    "duplicate": (1.0, lambda before, after: len(set(_stamps(after))) < len(after)),
+    "duplicate": (1.0, lambda before, after: len(set(_stamps(after))) <= len(after) / 2 + 1),
     "reorder": (1.0, lambda before, after: _stamps(after) != sorted(_stamps(after))),
     "nan": (1.0, lambda before, after: all(np.isnan(m.position).any() for m in after)),
     "freeze": (True, lambda before, after: len(set(_stamps(after))) == 1),
