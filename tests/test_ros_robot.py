@@ -400,6 +400,35 @@ def test_a_permit_that_is_withdrawn_is_heard(ros: Sandbox) -> None:
             robot.close()
 
 
+def test_the_last_velocity_is_confirmed_before_its_publisher_goes(ros: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost, it would leave the arm moving: such controllers never time out, and nobody is left to say zero again."""
+    from rclpy.publisher import Publisher
+
+    steps: list[str] = []
+    confirm, destroy = Publisher.wait_for_all_acked, Publisher.destroy
+    velocity = PROFILE.command.model_copy(update={"type": "velocity", "unsafe_velocity": True})
+    profile = PROFILE.model_copy(update={"command": velocity})
+    with Ros(signals=False) as own:
+        driver = Driver(own, profile)
+        robot = RosRobot(profile, own.node("robot"), RosClock())
+        own.spin_in_thread()
+        robot.ready()
+        command = robot._publishers["command"]
+
+        def noted(name: str, method: Any) -> Any:
+            return lambda self, *args: (self is command and steps.append(name), method(self, *args))[1]
+
+        monkeypatch.setattr(Publisher, "wait_for_all_acked", noted("confirmed", confirm))
+        monkeypatch.setattr(Publisher, "destroy", noted("gone", destroy))
+        robot.command(np.zeros(8))
+        robot.command(np.full(8, 0.001))
+        until(lambda: len(driver.commands) == 2 and driver.commands[-1].max() > 0.01, f"{driver.commands}")
+        robot.close()
+        assert steps == ["confirmed", "gone"]
+        until(lambda: len(driver.commands) == 3, f"{driver.commands}")
+        np.testing.assert_array_equal(driver.commands[-1], np.zeros(7))
+
+
 def test_no_episode_begins_while_somebody_else_commands(both: tuple[Driver, RosRobot]) -> None:
     """A policy node that is up, too."""
     driver, robot = both

@@ -28,6 +28,7 @@ from robopolicy.robot import Measured, RobotModel, Sample, State
 
 READY = 20.0  # [s]: for a driver and its topics to be found
 _POLL = 0.01  # [s]
+_ACKNOWLEDGED = 0.5  # [s] that a controller gets to confirm the last velocity
 _MEASURED = ("state", "gripper_state")  # keys of topics
 _UNHEARD = re.compile(r"permit '[^']*': (nobody publishes|nothing has come on) ")
 _NEVER = Stamp(-math.inf)  # older than any limit
@@ -262,6 +263,10 @@ class RosRobot:
         """Take back subscriptions, publishers and threads. The node stays. No velocity is left behind."""
         if self._outputs is not None:
             self._outputs.close()
+            if self.profile.command.velocity:  # a zero that is lost would never be said again: nobody is left to say it
+                from rclpy.duration import Duration
+
+                self._publishers["command"].wait_for_all_acked(Duration(seconds=_ACKNOWLEDGED))
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
