@@ -54,6 +54,10 @@ class Feature:
         if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
             raise DataError(f"feature '{self.name}': rate {self.rate} is not a positive number of Hz")
 
+    def __str__(self) -> str:
+        """For messages: ``float32 [3] in m``."""
+        return f"{self.dtype} {list(self.shape)}" + (f" in {self.unit}" if self.unit else "")
+
     @property
     def is_image(self) -> bool:
         """True for ``uint8`` arrays of shape ``(H, W, 1 or 3)``."""

@@ -447,6 +447,8 @@ def test_topics_are_recorded_as_they_come_and_replayed_with_stamps_of_now(
     assert "--commands" in capfd.readouterr().err
     assert cli.main(["bag", "replay", str(bag), "--topic", "deadman", "--commands"]) == 2
     assert "never replayed" in capfd.readouterr().err
+    assert cli.main(["bag", "replay", str(bag), "--commands"]) == 2
+    assert "say which, --topic NAME" in capfd.readouterr().err
     for publisher in (states, success, commands):
         ros.node.destroy_publisher(publisher)
     found: list[JointState] = []

@@ -369,7 +369,11 @@ def test_garbled_documents_are_refused(change: dict[str, Any], message: str, tmp
         ([A, B], {"sampler": {"type": "jump"}}, "has no way"),
         ([A, B], {"horizon": 4}, "horizon"),
         ([A, B], {"n_action_steps": 7}, "exceeds horizon"),
-        ([A, parent(2, (Feature("position", (2,), unit="mm"),))], {}, "observation 'position'"),
+        (
+            [A, parent(2, (Feature("position", (2,), unit="mm"),))],
+            {},
+            r"observation 'position' is float32 \[2\] in m to one parent and float32 \[2\] in mm to parent 1; rename",
+        ),
         ([A, parent(2, action={"type": "relative", "reference": ["position"]})], {}, "representation"),
     ],
 )

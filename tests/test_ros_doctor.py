@@ -101,7 +101,11 @@ def _set(key: str, **values: Any) -> Callable[[dict[str, Seen]], None]:
             _set("state", publishers=[End("/arm", "sensor_msgs/msg/JointState", "ERROR: reliability")]),
             "wrong", "no message passes to or from /arm: ERROR: reliability", "our subscription is best effort",
         ),
-        (_set("command", subscriptions=[]), "wrong", "no controller carries out", "switch_controllers"),
+        (
+            _set("command", subscriptions=[]),
+            "wrong", "no controller carries out", "switch_controllers --activate forward_position_controller ",
+        ),
+        (_set("gripper", subscriptions=[]), "wrong", "nobody listens", "start the gripper's driver"),
         (
             _set("command", publishers=[End(POLICY, COMMAND), End("/old", COMMAND)]),
             "wrong", "2 publishers: /robopolicy_policy, /old", "end /old",

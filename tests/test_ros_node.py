@@ -163,7 +163,7 @@ def test_the_first_command_is_where_the_arm_is_whatever_the_order_of_its_joints(
 
 
 def test_start_while_inactive_says_what_to_do(stand: Stand) -> None:
-    assert stand.rig.call("start") == (False, "the node is inactive; configure and activate it first")
+    assert stand.rig.call("start") == (False, "the node is inactive; configure and activate if need be, then start")
 
 
 def test_a_start_outside_the_limits_is_refused_and_names_the_joint(active: Stand) -> None:
@@ -270,9 +270,9 @@ def test_a_stop_while_it_configures_by_itself_is_kept(stand: Stand) -> None:
     assert stand.rig.set(ready_timeout=60.0) == []
     stand.rig.arm()
     stand.ros.until(lambda: stand.rig.node.lifecycle == "configuring", what="a configure by itself")
-    said = "the node is configuring: nothing moves; autostart is off; call ~/start once the node is active"
+    said = "the node is configuring: nothing moves; autostart is off; configure and activate if need be, then start"
     assert stand.rig.call("stop") == (True, said)
-    said = "autostart is off: stop (asked); call ~/start once the node is active"
+    said = "autostart is off: stop (asked); configure and activate if need be, then start"
     stand.rig.until(lambda told: told["lifecycle"] == "configuring" and told["refused"] == said)  # at once
     stand.driver.alive = True
     stand.rig.until(lambda told: told["lifecycle"] == "inactive" and told["refused"] == said, 60)
@@ -293,7 +293,7 @@ def test_a_refusal_ends_autostart_so_that_mending_it_moves_nothing(stand: Stand,
     stand.ros.spin(0.3)
     stand.rig.arm()
     told = stand.rig.until(lambda told: told["autostart"] not in ("", "waits"))
-    assert re.fullmatch(f"autostart is off: {refused}; call ~/start once the node is active", told["autostart"])
+    assert re.fullmatch(f"autostart is off: {refused}; configure and activate if need be, then start", told["autostart"])
     assert told["refused"] == told["autostart"]
     stand.driver.put()
     stand.ros.spin(1.2)

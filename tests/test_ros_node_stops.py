@@ -130,7 +130,7 @@ def test_a_button_that_never_comes_back_is_forgotten_by_a_cleanup_and_the_stop_s
 
 def test_a_reset_alone_moves_nothing_though_the_node_starts_by_itself(stand: Stand) -> None:
     stand.rig.arm(at_once=False)
-    assert "autostart is off; call ~/start" in stand.rig.call("estop")[1]
+    assert "autostart is off; configure and activate if need be, then start" in stand.rig.call("estop")[1]
     assert stand.rig.to("activate")
     assert stand.rig.call("reset")[0]
     stand.rig.node._next_step = 0.0
@@ -291,14 +291,20 @@ def test_an_arm_that_is_held_is_let_go_when_its_permit_ends(permitted: tuple[Sta
     stand.ros.until(stand.silent, what="the last command")
 
 
-def test_autostart_waits_for_the_first_word_of_a_permit(permitted: tuple[Stand, Any]) -> None:
-    """Its driver may come after the one of the joints."""
+def test_autostart_waits_for_the_first_word_of_a_permit(
+    permitted: tuple[Stand, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its driver may come after the one of the joints. Who waits is told for what, once."""
+    monkeypatch.setattr("hardware.ros2.policy_node._PATIENCE", 0.1)
     stand, permit = permitted
     assert stand.rig.set(ready_timeout=0.3) == []
     assert not stand.rig.to("configure")  # nobody's may go on without it
+    waits = "configure waits for the robot, 0.3 s at most: permit 'program': nothing has come on '/driver/runs'; press play"
+    assert waits in capfd.readouterr().err
     assert "permit 'program': nothing has come on '/driver/runs'; press play" in stand.rig.node.refused
     stand.rig.arm()
     stand.rig.until(lambda told: "nothing has come on '/driver/runs'" in told["refused"] and told["autostart"] == "waits")
+    assert "waits for the robot" not in capfd.readouterr().err
     permit.publish(Bool(data=True))
     stand.rig.mode("running")
 

@@ -44,7 +44,7 @@ class Node:
         self.problems: Callable[[], list[str]] = list
         self.buttons: dict[bytes, str] = {}  # publishers of the emergency stop
         self.deployment: Any = SimpleNamespace(arbiter=self.arbiter)
-        arm = {"denied": list, "rivals": list, "explained": lambda refusal: refusal}
+        arm = {"hindrances": list, "explained": lambda refusal: refusal}
         self.robot: Any = SimpleNamespace(problems=lambda: self.problems(), **arm)
 
     def get_fully_qualified_name(self) -> str:
@@ -211,7 +211,7 @@ def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requ
     node.problems = stopped
     ok, message = requests.start(by_itself=True)
     assert not ok
-    assert "call ~/start" in message
+    assert "then start" in message
     assert node.arbiter.asked == ["stop"]
 
 
@@ -253,7 +253,9 @@ def test_whatever_is_asked_ends_autostart_and_the_answer_says_so(node: Node, req
     assert not requests.start(by_itself=True)[0]
     assert len(node.logged) == 1
     granted = there and name in ("home", "start", "enable")
-    assert ("autostart is off; call ~/start" in response.message) == (not granted and name != "button")
+    assert ("autostart is off; configure and activate if need be, then start" in response.message) == (
+        not granted and name != "button"
+    )
     assert requests.disarmed.startswith("autostart is off: ") == (not granted)
     assert requests.disarm("again") == ""
 
@@ -284,7 +286,7 @@ def test_an_emergency_stop_meanwhile_refuses_the_start(node: Node, requests: Req
 def test_nothing_starts_while_the_node_is_not_active(node: Node, requests: Requests, lifecycle: str) -> None:
     node.lifecycle = lifecycle
     for name in ("start", "home"):
-        assert requests.start(name) == (False, f"the node is {lifecycle}; configure and activate it first")
+        assert requests.start(name) == (False, f"the node is {lifecycle}; configure and activate if need be, then start")
     assert node.arbiter.asked == []
     requests._on_halt("stop", None, SimpleNamespace())
     assert node.arbiter.asked == ["stop"]  # but whatever there is can be stopped

@@ -364,8 +364,8 @@ def test_what_is_typed_takes_back_the_starts_of_that_process(
     asked = [(process.name, service) for process, service, *_ in supervisor._asked]
     assert asked == [("recorder", "start"), *halts, ("policy", "start")]
     assert supervisor._steps == {"policy": ["configure", "activate"] if halts else []}
-    before = "start" if halts else "configure, activate, start"
-    said = f"policy: {before}, start, home dropped, for {typed} was typed; nothing starts before you type start"
+    before, on = ("start", "start") if halts else ("configure, activate, start", "configure and activate and start")
+    said = f"policy: {before}, start, home dropped, for {typed} was typed; nothing starts before you type {on}"
     assert said in capsys.readouterr().out
     monkeypatch.setattr("hardware.ros2.supervisor.Child", lambda process, _: pytest.fail(" ".join(process.arguments)))
     with pytest.raises(pytest.fail.Exception, match="autostart:=false"):  # it does not start by itself, either

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from robopolicy.errors import ConfigError
 from robopolicy.evaluate.commands import positive
 
 _EXAMPLES = """\
@@ -128,6 +129,8 @@ def _replay(args: argparse.Namespace) -> int:
     from hardware.ros2.profile import load_profile
     from hardware.ros2.runtime import Ros
 
+    if args.commands and not args.topic:
+        raise ConfigError("--commands lets --topic name commands, too: say which, --topic NAME; `robopolicy bag info` lists them")
     profile = load_profile(args.profile)
     with Ros() as ros:
         replay(

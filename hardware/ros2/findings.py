@@ -43,7 +43,7 @@ def judge(profile: RosProfile, topics: Iterable[Topic], seen: Mapping[str, Seen]
         elif topic.direction == "in" and topic.key not in ("estop", "deadman"):
             found += _source(topic, entry, profile)
         if topic.key in ("command", "gripper"):
-            found += _commanded(entry, policy)
+            found += _commanded(topic, entry, policy)
         if not found and (entry.publishers or entry.subscriptions):
             found = [Check(entry.name, "ok", _describe(entry))]
         checks += found
@@ -147,7 +147,7 @@ def _stamps(entry: Seen) -> list[Check]:
     return []
 
 
-def _commanded(entry: Seen, policy: str) -> list[Check]:
+def _commanded(topic: Topic, entry: Seen, policy: str) -> list[Check]:
     """The command topic: one publisher, one controller."""
     checks = []
     strangers = [end.node for end in entry.publishers if end.node not in (policy, f"{policy}_io")]  # messages have a node apart
@@ -160,7 +160,12 @@ def _commanded(entry: Seen, policy: str) -> list[Check]:
         mend = f"end it before the policy starts, or name it with --node if it is ours; ours is {policy}"
         checks.append(Check(entry.name, "wrong", f"{strangers[0]} publishes commands", mend))
     if not entry.subscriptions:
-        mend = "activate the controller: ros2 control switch_controllers --deactivate joint_trajectory_controller --activate ..."
+        controller = entry.name.rpartition("/")[0].rpartition("/")[2]
+        mend = (
+            "start the gripper's driver, or name its topic in the profile"
+            if topic.key == "gripper"
+            else f"activate it: ros2 control switch_controllers --activate {controller} --deactivate the one in its place"
+        )
         checks.append(Check(entry.name, "wrong", "nobody listens: no controller carries out the commands", mend))
     return checks
 

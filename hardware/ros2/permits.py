@@ -48,7 +48,7 @@ class Word:
         there = self._node.get_publishers_info_by_topic(path)
         now, mend, words = self._clock.now(), self._permit.mend, self._words(there)
         if not there:
-            why, mend = f"nobody publishes '{path}'", "start the driver; docs/profiles.md has more on permits"
+            why, mend = f"nobody publishes '{path}'", f"start the driver; then {mend}"
         elif not words:
             why, mend = f"nothing has come on '{path}'", self._unheard(there) or mend
         elif not all(said for said, _ in words):

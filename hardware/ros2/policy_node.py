@@ -41,6 +41,7 @@ from robopolicy.errors import ConfigError, RobopolicyError
 NAME = "robopolicy_policy"
 _TICK = 0.1  # [s] between diagnostics
 _POLL = 0.05  # [s] between looks at what is missing
+_PATIENCE = 1.0  # [s] before it is said that something is
 _BUSY = 0.3  # [s] that inputs get to become fresh
 _NEXT = 0.5  # [s] between steps of autostart: what was asked during one is heard before the next
 _AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
@@ -172,11 +173,15 @@ class PolicyNode(LifecycleNode):
             raise
 
     def _await(self, robot: RosRobot, timeout: float) -> None:
-        end = time.monotonic() + timeout
+        begun, said = time.monotonic(), ""
         while problems := [*robot.problems(), *robot.unheard()]:
-            if time.monotonic() > end or self._ending.wait(_POLL):
+            passed, missing = time.monotonic() - begun, "; ".join(problems)
+            if passed > timeout or self._ending.wait(_POLL):
                 self._absent = all(isinstance(problem, Absent) for problem in problems)
-                raise RosError(f"the robot is not ready after {timeout:g} s: {'; '.join(problems)}")
+                raise RosError(f"the robot is not ready after {passed:.0f} s: {missing}")
+            if passed > _PATIENCE and missing != said and missing not in self.refused:  # autostart tries again and again
+                said = missing
+                self.get_logger().info(f"configure waits for the robot, {timeout:g} s at most: {missing}")
 
     def _activate(self) -> None:
         assert self.deployment is not None

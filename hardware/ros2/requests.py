@@ -20,6 +20,7 @@ from std_srvs.srv import SetBool, Trigger
 from hardware.ros2.contract import DEADMAN, ESTOP, LATCHED, SENSOR, SIGNAL
 from hardware.ros2.inputs import with_origin
 from hardware.ros2.robot import Absent
+from hardware.ros2.topics import UNKNOWN
 from robopolicy.deploy.requests import mend
 
 if TYPE_CHECKING:
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from robopolicy.deploy.arbiter import Arbiter
     from robopolicy.deploy.requests import Ticket
 
-_NAMELESS = "_NODE_NAME_UNKNOWN_"  # of the middleware, until discovery has the node
 _PRESSES = 10  # messages of the emergency stop that may wait: a press is heard though its release follows at once
 _FORGET = "deactivate, cleanup and configure the node (that forgets it), and reset"
-_CALL = "call ~/start once the node is active"
+_GO_ON = "configure and activate if need be, then start"
 Said = tuple[bool, str]  # whether it was done, and what there is to say
 
 
@@ -93,10 +93,10 @@ class Requests:
         node, arbiter = self._node, self._arbiter()
         robot = node.robot
         if node.lifecycle != "active" or arbiter is None or robot is None:
-            return False, f"the node is {node.lifecycle}; configure and activate it first"
+            return False, f"the node is {node.lifecycle}; {_GO_ON}"
         if (fault := getattr(node.deployment, "fault", None)) is not None and name == "start":
             return False, f"{fault}; deactivate, cleanup and configure begin another"
-        problems = [*robot.problems(), *robot.denied(), *robot.rivals()]
+        problems = [*robot.problems(), *robot.hindrances()]
         if problems:  # first what no driver ends by coming
             return False, min(problems, key=lambda problem: isinstance(problem, Absent))
         with self._lock:  # who stops now stops what is asked for here
@@ -129,14 +129,14 @@ class Requests:
     def _disarm(self, why: str) -> str:
         if not self.armed:
             return ""
-        self.armed, self.disarmed = False, f"autostart is off: {why}; {_CALL}"
+        self.armed, self.disarmed = False, f"autostart is off: {why}; {_GO_ON}"
         return self.disarmed
 
     def _tell(self, off: str) -> str:
         if not off:
             return ""
         self._node.get_logger().warning(off)
-        return f"autostart is off; {_CALL}"
+        return f"autostart is off; {_GO_ON}"
 
     def home(self) -> Said:
         return self.start("home")
@@ -210,7 +210,7 @@ class Requests:
         infos = self._node.io.get_publishers_info_by_topic(self._button.topic_name)
         known = {bytes(info.endpoint_gid): info for info in infos}
         there = {
-            gid: "" if info.node_name == _NAMELESS else f"{info.node_namespace.rstrip('/')}/{info.node_name}"
+            gid: "" if info.node_name == UNKNOWN else f"{info.node_namespace.rstrip('/')}/{info.node_name}"
             for gid, info in known.items()
         }
         with self._lock:
