@@ -314,7 +314,8 @@ class Driver:
                 self.world.step()
                 self._steps += 1
                 taken += 1
-                self.record.step(self._begun + self._steps * timestep, self.world.positions, self.world.velocities)
+                world, time = self.world, self._begun + self._steps * timestep
+                self.record.step(time, world.positions, world.velocities, world.touching)
             return taken
 
     def _move(self) -> None:
@@ -358,5 +359,6 @@ class Driver:
                 "timestep": self.world.timestep,
                 "moved_at": self.record.moved,
                 "commanded_at": self.record.commanded,
+                "touched_at": self.record.touched,
                 "positions": dict(zip(self.world.names, self.world.positions.tolist(), strict=True)),
             }

@@ -11,13 +11,16 @@ from robopolicy.deploy.workspace import Kinematics
 
 _WINDOW = 0.02  # accelerations are means over so long [s], as far as encoders can tell
 _STILL = 0.01  # [rad/s]
+_FREE = 0.3  # [s] after the last touch: so long does a servo take to come back from where it was pushed
 _POINTS_EVERY = 4  # steps
 
 
 class Record:
     """The worst of what the joints did and were told to do, against what the arm's maker rates.
 
-    Ratios: 1 is the limit. Joints are those whose tracking is watched: grippers hit things, that is their job.
+    Ratios: 1 is the limit. Joints are those whose tracking is watched: grippers hit things, that is their job. What an arm that
+    pushes against something does is between it and that thing: ``free_velocity``, ``free_acceleration``, ``free_jerk`` and
+    ``free_workspace`` leave it out.
 
     Args:
         limits: Rated limits, workspace and table.
@@ -42,6 +45,7 @@ class Record:
         self.worst: dict[str, tuple[float, str]] = {}
         self.counts = dict.fromkeys(("commands", "refused", "ignored", "reflexes", "steps"), 0)
         self.moved: float | None = None  # when a joint last moved
+        self.touched: float | None = None  # when the arm last touched something
         self.commanded: float | None = None  # when a target last changed
         self._forget()
 
@@ -52,17 +56,21 @@ class Record:
         self._accelerations = np.zeros((self._window + 1, n))
         self._since = 0
         self._commands: list[tuple[float, np.ndarray]] = []
+        self.touched = None
 
     def restart(self) -> None:
         """The arm was put elsewhere."""
         self._forget()
 
-    def step(self, now: float, positions: np.ndarray, velocities: np.ndarray) -> None:
-        """What the joints did in one step of physics."""
+    def step(self, now: float, positions: np.ndarray, velocities: np.ndarray, touching: bool = False) -> None:
+        """What the joints did in one step of physics; ``touching``: see :attr:`sim.virtual.World.touching`."""
         q, v = positions[self._columns], velocities[self._columns]
         self.counts["steps"] += 1
         self._note("position", np.maximum(q - self._upper, self._lower - q))
-        self._note("velocity", np.abs(v) / self._rated["velocity"])
+        if touching:
+            self.touched = now
+        free = self.touched is None or now - self.touched > _FREE
+        self._rate("velocity", v, free)
         if np.abs(v).max() > _STILL:
             self.moved = now
         here, before = self._since % (self._window + 1), (self._since + 1) % (self._window + 1)  # of the ring: now, a window ago
@@ -70,15 +78,16 @@ class Record:
         self._speeds[here] = v
         if self._since >= self._window:
             acceleration = (v - self._speeds[before]) / span
-            self._note("acceleration", np.abs(acceleration) / self._rated["acceleration"])
+            self._rate("acceleration", acceleration, free)
             self._accelerations[here] = acceleration
             if self._since >= 2 * self._window:
-                self._note("jerk", np.abs(acceleration - self._accelerations[before]) / span / self._rated["jerk"])
+                self._rate("jerk", (acceleration - self._accelerations[before]) / span, free)
         self._since += 1
         if self._kinematics is not None and self._box is not None and self.counts["steps"] % _POINTS_EVERY == 0:
             points = self._kinematics.points(positions)
             outside = np.maximum(points[0] - self._box.upper, self._box.lower - points[0])
-            self._worst("workspace", float(outside.max()), "xyz"[int(outside.argmax())])
+            for key in ("workspace", *["free_workspace"] * free):
+                self._worst(key, float(outside.max()), "xyz"[int(outside.argmax())])
             if self._box.table is not None:
                 depths = self._box.table - points[:, 2]
                 self._worst("table", float(depths.max()), self._kinematics.names[int(depths.argmax())])
@@ -104,6 +113,10 @@ class Record:
     def asdict(self) -> dict[str, Any]:
         """Worst values with the joint each is of, and counts. ``position`` in rad (negative: room left), poses in m."""
         return {key: {"worst": value, "of": what} for key, (value, what) in sorted(self.worst.items())} | self.counts
+
+    def _rate(self, key: str, values: np.ndarray, free: bool) -> None:
+        for name in (key, *[f"free_{key}"] * free):
+            self._note(name, np.abs(values) / self._rated[key])
 
     def _note(self, key: str, values: np.ndarray) -> None:
         i = int(values.argmax())

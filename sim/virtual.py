@@ -39,6 +39,8 @@ class World(Protocol):
         cameras: Names of those that can be drawn from.
         kinematics: Of the coordinates, for instruments; None: none.
         success: Whether the goal has been met since the last reset.
+        touching: Whether the arm pushes against something: against what is fixed, or an object that lies on it. One that is
+            held in the air does not count.
     """
 
     names: tuple[str, ...]
@@ -47,6 +49,9 @@ class World(Protocol):
     cameras: tuple[str, ...]
     kinematics: Kinematics | None
     success: bool
+
+    @property
+    def touching(self) -> bool: ...
 
     def reset(self, seed: int | None) -> None:
         """Begin an episode that is a function of ``seed``."""
@@ -95,10 +100,24 @@ class _Physics:
 
     cameras: tuple[str, ...]
 
-    def __init__(self, model: Any, data: Any) -> None:
+    def __init__(self, model: Any, data: Any, arm_joint: str) -> None:
         self._model, self._data = model, data
+        self._trees = model.body_rootid[model.geom_bodyid]  # of each shape: the body that its kinematic tree begins with
+        self._arm = int(model.body_rootid[model.jnt_bodyid[model.joint(arm_joint).id]])
+        self._fixed = model.body_weldid == 0
         self.timestep = float(model.opt.timestep)
         self.success = False
+
+    @property
+    def touching(self) -> bool:
+        pairs = self._trees[self._data.contact.geom]
+        with_arm = pairs[(pairs == self._arm).any(1)]
+        if not len(with_arm):
+            return False
+        held = np.unique(with_arm)  # the arm itself, too
+        others = held[held != self._arm]
+        inside = np.isin(pairs, held)
+        return bool(self._fixed[others].any() or (inside[:, 0] != inside[:, 1]).any())
 
     def snapshot(self) -> np.ndarray:
         return np.concatenate([self._data.qpos, self._data.mocap_pos.ravel(), self._data.mocap_quat.ravel()])
@@ -135,7 +154,7 @@ class ArmWorld(_Physics):
 
     def __init__(self, task: str = "lift", **task_args: Any) -> None:
         self.task = make_arm_task(task, **task_args)
-        super().__init__(*self.task.physics)
+        super().__init__(*self.task.physics, arm.JOINT_NAMES[0])
         self.kinematics: Kinematics | None = ArmKinematics()
         self._check_every = round(1.0 / (CHECK_RATE * self.timestep))
 
@@ -194,7 +213,7 @@ class PandaWorld(_Physics):
         if task not in tasks:
             raise TaskError(f"robosuite's Panda has no task '{task}': {nearest(task, tasks)}")
         self.task = tasks[task]()
-        super().__init__(*self.task.physics)
+        super().__init__(*self.task.physics, "robot0_joint1")
         joints = [self._model.joint(f"robot0_joint{i}") for i in range(1, 8)]
         fingers = [self._model.joint(f"gripper0_right_finger_joint{i}") for i in (1, 2)]
         self._q = np.array([joint.qposadr[0] for joint in (*joints, *fingers)])

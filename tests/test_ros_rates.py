@@ -29,14 +29,13 @@ def test_killed_processes_leave_an_arm_that_stands(tmp_path: Path) -> None:
     trials = {trial["victim"]: trial for trial in json.loads(out.read_text())["trials"]}
     assert all(trial["moving"] for trial in trials.values())
     node, inference, arm = trials["node"], trials["inference"], trials["arm"]
-    assert node["still_s"] < 1.5
     assert node["last_command_s"] < 0.5  # nobody commands any more
     assert not node["inference_alive"]  # it goes with the node
-    assert inference["still_s"] < 1.5
     assert any(said.startswith("stopped: inference") for said in inference["said"])
     assert arm["said"][0].startswith("holding: stale state")
     assert arm["targets_moved_s"] < 1.5
     for trial in (node, inference):
+        assert trial["still_s"] < 1.5 or trial["pushed"]  # against something, it creeps on towards where it was told to be
         assert trial["reflexes"] == 0
         assert max(trial["velocity"], trial["acceleration"]) <= 1.0
 
