@@ -240,9 +240,7 @@ def test_the_emergency_stop_ends_the_evaluation_and_what_was_done_is_kept(
     assert [e.seed for e in load_evaluation(tmp_path / "eval.json").episodes] == SEEDS
 
 
-def test_a_second_master_stops_the_arm_on_its_way_home_and_its_episode_does_not_count(
-    policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_master_stops_the_arm_on_its_way_home(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Real, "masters", ["2 nodes publish"])
     with pytest.raises(EvaluationError, match="2 nodes publish"):
         on(policy, "test_evaluate_robot:Real")
@@ -258,26 +256,26 @@ def test_a_second_master_stops_the_arm_on_its_way_home_and_its_episode_does_not_
         on(policy, "test_evaluate_robot:Real")
     assert len(Real.made[1].sent) < 200
 
-    def come_later(robot: Real) -> None:
-        if len(robot.begun) == 2:
-            robot.request("stop", why="rival: 2 nodes publish")
 
-    monkeypatch.setattr(Real, "on_command", come_later)
-    with pytest.raises(UnfinishedError, match=r"1 of 2 .* seed 200001 was stopped and does not count, rival: 2") as raised:
-        on(policy, "test_evaluate_robot:Real")
-    assert raised.value.done.stops == {"rival": 1}
-
-
-def test_a_permit_that_ends_is_no_failure_of_the_policy(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "why", "kind"),
+    [
+        ("stop", "rival: 2 nodes publish", "rival"),
+        ("mute", "permit 'program': '/runs' says false; press play", "permit 'program'"),
+    ],
+)
+def test_what_ends_the_leave_to_move_is_no_failure_of_the_policy(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, name: str, why: str, kind: str
+) -> None:
     def end(robot: Real) -> None:
         if len(robot.begun) == 2:
-            robot.request("mute", why="permit 'program': '/runs' says false; press play")
+            robot.request(name, why=why)
 
     monkeypatch.setattr(Real, "on_command", end)
-    with pytest.raises(UnfinishedError, match=r"1 of 2 .* seed 200001 .* does not count, permit 'program'") as raised:
+    with pytest.raises(UnfinishedError, match=rf"1 of 2 .* seed 200001 was stopped and does not count, {kind}: ") as raised:
         on(policy, "test_evaluate_robot:Real")
     assert [episode.seed for episode in raised.value.done.evaluation.episodes] == SEEDS[:1]
-    assert raised.value.done.stops == {"permit 'program'": 1}
+    assert raised.value.done.stops == {kind: 1}
 
 
 def test_limits_with_a_deadman_ask_for_one(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
