@@ -88,8 +88,8 @@ def table(found: dict[str, Any]) -> str:
         f"Episodes with a hold or stop: {sum(bool(row.get('stops')) for row in rows)}; refused starts: "
         f"{sum('refused' in row for row in rows)}; reflexes of the arm: {sum(record['reflexes'] for record in ran)}.",
         f"Worst in the simulator, as shares of the rated limits: velocity {worst('velocity')}, "
-        f"acceleration {worst('acceleration')}, jerk {worst('jerk')} (without touching anything {worst('free_acceleration')}, "
-        f"{worst('free_jerk')}); beyond joint ranges {worst('position')} rad, "
+        f"acceleration {worst('acceleration')}, jerk {worst('jerk')} (while it pushed against "
+        f"nothing {worst('free_acceleration')}, {worst('free_jerk')}); beyond joint ranges {worst('position')} rad, "
         f"workspace {worst('workspace')} m, table {worst('table')} m (negative: room left).",
     ]  # fmt: skip
     return "\n".join(lines)

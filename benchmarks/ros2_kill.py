@@ -3,7 +3,7 @@
 Position controllers hold the last target when nobody commands any more, so a killed node leaves an arm that stands; a killed
 inference process is noticed by the node, which brakes; a killed arm leaves a node without measurements, which must hold and say
 so. What the arm did comes from the simulator's own record; times are until its joints stood (below 0.01 rad/s). An arm that is
-stopped while it pushes against something creeps on towards its target: those trials are counted apart.
+stopped while it pushes against something creeps on towards its target: those trials are told apart.
 
     python -m benchmarks.ros2_kill outputs/quickstart --seeds 20 --json outputs/ros2_kill.json
     python -m benchmarks.ros2_kill outputs/quickstart --quick
@@ -34,7 +34,7 @@ from robopolicy.evaluate.run import SEEDS
 from robopolicy.provenance import provenance
 
 VICTIMS = ("node", "inference", "arm")
-_RATIOS = ("velocity", "acceleration", "jerk")
+_RATIOS = ("velocity", "acceleration", "jerk", "free_acceleration", "free_jerk")
 
 
 def trial(args: argparse.Namespace, victim: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def trial(args: argparse.Namespace, victim: str, seed: int, folder: Path) -> dic
         if victim != "arm":
             record = cell.record()
             found["still_s"] = None if record["moved_at"] is None else max(0.0, record["moved_at"] - killed)
-            found["pushed"] = record["touched_at"] is not None and record["touched_at"] > killed
+            found["pushed"] = record["pushed_at"] is not None and record["pushed_at"] > killed
             found["reflexes"] = record["reflexes"]
             found |= {key: record[key]["worst"] for key in _RATIOS if key in record}
             found["travel_rad"] = _travel(record, watch, killed, profile.command.joints)
@@ -89,28 +89,28 @@ def _travel(record: dict[str, Any], watch: Watch, killed: float, joints: Sequenc
 def table(trials: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| killed | n | arm stands after s p50 / max | the same, it pushed: n, max | travel rad p50 / max | reflexes "
-        "| worst velocity, acceleration, jerk / rated | last moving command s max | node said | inference alive |",
-        "|" + "---|" * 10,
+        "| killed | n | pushed nothing: n | stands after s p50 / max | travel rad p50 / max | pushed: stands after | travel | reflexes "
+        "| worst velocity, acceleration, jerk; the last two while it pushed nothing, all / rated | last moving command s max "
+        "| node said | inference alive |",
+        "|" + "---|" * 12,
     ]
     for victim in dict.fromkeys(entry["victim"] for entry in trials):
         rows = [entry for entry in trials if entry["victim"] == victim]
-
-        pushed = [row for row in rows if row.get("pushed")]
-        free = [row for row in rows if not row.get("pushed")]
-        crept = [row["still_s"] for row in pushed if row["still_s"] is not None]
+        seen = [row for row in rows if "pushed" in row]  # by the simulator: it lived on
+        free, pushed = ([row for row in seen if row["pushed"] == kind] for kind in (False, True))
 
         def two(key: str, rows: list[dict[str, Any]]) -> str:
             values = [row[key] for row in rows if row.get(key) is not None]
             return f"{np.median(values):.2f} / {max(values):.2f}" if values else "-"
 
-        worst = ", ".join(f"{max(row[key] for row in rows if key in row):.2f}" for key in _RATIOS if any(key in r for r in rows))
+        count, reflexes = (f"{len(free)}", f"{sum(row['reflexes'] for row in seen)}") if seen else ("-", "-")
+        times = (f"{two('still_s', kind)} | {two('travel_rad', kind)}" for kind in (free, pushed))
+        worst = ", ".join(f"{max(row[key] for row in seen if key in row):.2f}" for key in _RATIOS if any(key in r for r in seen))
         said = sorted({re.sub(r"[\d.]+", "#", text) for row in rows for text in row.get("said", ())})
         last = max(row.get("targets_moved_s", row["last_command_s"]) for row in rows)
         lines.append(
-            f"| {victim} | {len(rows)} | {two('still_s', free)} | {len(pushed)}, {max(crept, default=0.0):.2f} "
-            f"| {two('travel_rad', free)} | {sum(row.get('reflexes', 0) for row in rows)} "
-            f"| {worst or '-'} | {last:.2f} | {'; '.join(said) or '-'} | {sum(row['inference_alive'] for row in rows)} |"
+            f"| {victim} | {len(rows)} | {count} | {' | '.join(times)} | {reflexes} | {worst or '-'} | {last:.2f} "
+            f"| {'; '.join(said) or '-'} | {sum(row['inference_alive'] for row in rows)} |"
         )
     loads = [entry["load"] for entry in trials]
     return "\n".join([*lines, "", f"Load {min(loads)} to {max(loads)}."])

@@ -160,7 +160,7 @@ class Driver:
             last = self._set[self._watched] if leaves else self._last
             if self._trips(np.abs(watched - last)[None], np.array([max(now - self._last_time, self._period)]), REFLEX_STEP):
                 return
-            self.record.command(now, watched)
+            self.record.command(now, full)
             self._command += 1
             if self._last is not None:
                 self._spacing += _SMOOTHING * (min(now - self._last_time, 1.0) - self._spacing)
@@ -214,6 +214,8 @@ class Driver:
             if self._trips(np.abs(np.diff(path[:, self._watched], axis=0)), gaps):
                 return self._command
             self.record.counts["commands"] += 1
+            for point in full:
+                self.record.target(point)
             if np.abs(full[-1] - self._set).max() > 1e-7:
                 self.record.commanded = now
             start = max(self._steps * self.world.timestep, 0.0)
@@ -315,7 +317,7 @@ class Driver:
                 self._steps += 1
                 taken += 1
                 world, time = self.world, self._begun + self._steps * timestep
-                self.record.step(time, world.positions, world.velocities, world.touching)
+                self.record.step(time, world.positions, world.velocities, world.pushing)
             return taken
 
     def _move(self) -> None:
@@ -359,6 +361,6 @@ class Driver:
                 "timestep": self.world.timestep,
                 "moved_at": self.record.moved,
                 "commanded_at": self.record.commanded,
-                "touched_at": self.record.touched,
+                "pushed_at": self.record.pushed,
                 "positions": dict(zip(self.world.names, self.world.positions.tolist(), strict=True)),
             }

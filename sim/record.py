@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from robopolicy.deploy.workspace import Kinematics
 
 _WINDOW = 0.02  # accelerations are means over so long [s], as far as encoders can tell
 _STILL = 0.01  # [rad/s]
-_FREE = 0.3  # [s] after the last touch: so long does a servo take to come back from where it was pushed
+_FREE = 0.3  # [s] after it has pushed: so long does a servo take to come back from where it was held up
 _POINTS_EVERY = 4  # steps
 
 
@@ -45,7 +46,7 @@ class Record:
         self.worst: dict[str, tuple[float, str]] = {}
         self.counts = dict.fromkeys(("commands", "refused", "ignored", "reflexes", "steps"), 0)
         self.moved: float | None = None  # when a joint last moved
-        self.touched: float | None = None  # when the arm last touched something
+        self.pushed: float | None = None  # when the arm last pushed against something
         self.commanded: float | None = None  # when a target last changed
         self._forget()
 
@@ -56,20 +57,20 @@ class Record:
         self._accelerations = np.zeros((self._window + 1, n))
         self._since = 0
         self._commands: list[tuple[float, np.ndarray]] = []
-        self.touched = None
 
     def restart(self) -> None:
         """The arm was put elsewhere."""
         self._forget()
+        self.pushed = None
 
-    def step(self, now: float, positions: np.ndarray, velocities: np.ndarray, touching: bool = False) -> None:
-        """What the joints did in one step of physics; ``touching``: see :attr:`sim.virtual.World.touching`."""
+    def step(self, now: float, positions: np.ndarray, velocities: np.ndarray, pushing: bool) -> None:
+        """What the joints did in one step of physics; ``pushing``: see :attr:`sim.virtual.World.pushing`."""
         q, v = positions[self._columns], velocities[self._columns]
         self.counts["steps"] += 1
         self._note("position", np.maximum(q - self._upper, self._lower - q))
-        if touching:
-            self.touched = now
-        free = self.touched is None or now - self.touched > _FREE
+        if pushing:
+            self.pushed = now
+        free = self.pushed is None or now - self.pushed > _FREE
         self._rate("velocity", v, free)
         if np.abs(v).max() > _STILL:
             self.moved = now
@@ -83,18 +84,30 @@ class Record:
             if self._since >= 2 * self._window:
                 self._rate("jerk", (acceleration - self._accelerations[before]) / span, free)
         self._since += 1
-        if self._kinematics is not None and self._box is not None and self.counts["steps"] % _POINTS_EVERY == 0:
-            points = self._kinematics.points(positions)
-            outside = np.maximum(points[0] - self._box.upper, self._box.lower - points[0])
-            for key in ("workspace", *["free_workspace"] * free):
-                self._worst(key, float(outside.max()), "xyz"[int(outside.argmax())])
-            if self._box.table is not None:
-                depths = self._box.table - points[:, 2]
-                self._worst("table", float(depths.max()), self._kinematics.names[int(depths.argmax())])
+        if self.counts["steps"] % _POINTS_EVERY == 0:
+            self._points(positions, ("workspace", *["free_workspace"] * free), "table")
 
-    def command(self, now: float, targets: np.ndarray) -> None:
-        """One command of the watched joints. Rates are per nominal period, or per the time that passed if that was longer."""
+    def _points(self, positions: np.ndarray, workspace: Sequence[str], table: str) -> None:
+        """How far points are outside the box, and below the table, under these names."""
+        if self._kinematics is None or self._box is None:
+            return
+        points = self._kinematics.points(positions)
+        outside = np.maximum(points[0] - self._box.upper, self._box.lower - points[0])
+        for key in workspace:
+            self._worst(key, float(outside.max()), "xyz"[int(outside.argmax())])
+        if self._box.table is not None:
+            depths = self._box.table - points[:, 2]
+            self._worst(table, float(depths.max()), self._kinematics.names[int(depths.argmax())])
+
+    def target(self, positions: np.ndarray) -> None:
+        """Where a command leads, of all coordinates."""
+        self._points(positions, ("command_workspace",), "command_table")
+
+    def command(self, now: float, positions: np.ndarray) -> None:
+        """One of a stream, of all coordinates. Rates are per nominal period, or per the time that passed if that was longer."""
         self.counts["commands"] += 1
+        self.target(positions)
+        targets = positions[self._columns]
         if self._commands:
             last_time, last = self._commands[-1]
             step = np.abs(targets - last)

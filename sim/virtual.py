@@ -39,8 +39,8 @@ class World(Protocol):
         cameras: Names of those that can be drawn from.
         kinematics: Of the coordinates, for instruments; None: none.
         success: Whether the goal has been met since the last reset.
-        touching: Whether the arm pushes against something: against what is fixed, or an object that lies on it. One that is
-            held in the air does not count.
+        pushing: Whether the arm, or what it holds, is in contact with something else, of any force: with the table, or with an
+            object that lies on it. What it carries through the air does not count.
     """
 
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ class World(Protocol):
     success: bool
 
     @property
-    def touching(self) -> bool: ...
+    def pushing(self) -> bool: ...
 
     def reset(self, seed: int | None) -> None:
         """Begin an episode that is a function of ``seed``."""
@@ -109,7 +109,7 @@ class _Physics:
         self.success = False
 
     @property
-    def touching(self) -> bool:
+    def pushing(self) -> bool:
         pairs = self._trees[self._data.contact.geom]
         with_arm = pairs[(pairs == self._arm).any(1)]
         if not len(with_arm):

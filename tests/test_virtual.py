@@ -201,25 +201,25 @@ def test_what_pushes_back_is_told_from_what_is_carried(world: ArmWorld) -> None:
     told = []
     while not world.success:
         lifted = world.poses()["cube"][2] > 0.03
-        told.append((world.positions[7] < 0.05, lifted, world.touching))
+        told.append((world.positions[7] < 0.05, lifted, world.pushing))
         world.task.step(expert.act())
         world.success = bool(world.task.goal_met())
-    assert not any(touching for closed, _, touching in told if not closed)
-    assert any(touching for closed, lifted, touching in told if closed and not lifted)  # what it grips lies on the table
+    assert not any(pushing for closed, _, pushing in told if not closed)
+    assert any(pushing for closed, lifted, pushing in told if closed and not lifted)  # what it grips lies on the table
     assert sum(lifted for *_, lifted, _ in told) > 3
-    assert not any(touching for _, lifted, touching in told if lifted)
+    assert not any(pushing for _, lifted, pushing in told if lifted)
 
 
 def test_what_an_arm_does_that_pushes_is_not_how_it_moves_freely(world: ArmWorld) -> None:
     """It is driven into the table."""
     rig = Rig(world)
     rig.stream(lambda t: rig.begin[:7] + 0.3 * t**2 * np.eye(7)[1], 2.0)
-    assert rig.driver.record.touched is not None
-    assert rig.driver.report()["touched_at"] == pytest.approx(rig.clock.time, abs=0.01)
+    assert rig.driver.record.pushed is not None
+    assert rig.driver.report()["pushed_at"] == pytest.approx(rig.clock.time, abs=0.01)
     for key in ("acceleration", "jerk"):
         assert rig.worst(f"free_{key}") < 0.3 < 0.5 < rig.worst(key)
     rig.driver.reset(100_000)
-    assert rig.driver.record.touched is None
+    assert rig.driver.record.pushed is None
 
 
 def test_a_jump_trips_the_reflex_and_the_arm_stands_until_it_is_reset(world: ArmWorld) -> None:
