@@ -89,7 +89,7 @@ def _travel(record: dict[str, Any], watch: Watch, killed: float, joints: Sequenc
 def table(trials: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| killed | n | pushed nothing: n | stands after s p50 / max | travel rad p50 / max | pushed: stands after | travel | reflexes "
+        "| killed | n | pushed nothing: n | stands after s p50 / max | travel rad p50 / max | pushed: stands | travel | reflexes "
         "| worst velocity, acceleration, jerk; the last two while it pushed nothing, all / rated | last moving command s max "
         "| node said | inference alive |",
         "|" + "---|" * 12,
