@@ -12,7 +12,8 @@ from hardware.ros2.runtime import RosError
 
 
 def row(fault: str, seed: int, **changes: Any) -> dict[str, Any]:
-    worst = {"position": -0.3, "workspace": -0.01, "table": -0.01, "velocity": 0.4, "command_velocity": 0.5}
+    worst = {"position": -0.3, "workspace": -0.01, "free_workspace": -0.01, "command_workspace": -0.01, "table": -0.01}
+    worst |= {"velocity": 0.4, "command_velocity": 0.5}
     found = {
         "stream": "state", "fault": fault, "seed": seed, "load": 1.0, "mode": "stopped", "cause": "stale state: 0.16, limit 0.1",
         "to_hold": 0.2 + 0.1 * seed, "to_still": 0.4, "after": "by itself", "success": True, "reflexes": 0,
@@ -25,13 +26,19 @@ def test_the_table_tells_holds_times_causes_and_what_was_beyond_limits() -> None
     rows = [row("drop all", seed) for seed in range(3)]
     rows += [row("drop half", 0, to_hold=None, to_still=None, after="ran on", holds=1, worst={"command_jerk": 0.5, "jerk": 1.2})]
     rows += [row("none", 0, to_hold=None, to_still=None, after="ran on", worst={"velocity": 1.2, "table": 0.01}, reflexes=1)]
+    rows += [row("frozen", 0, worst={"workspace": 0.03, "acceleration": 3.0, "free_acceleration": 0.9})]  # by what it pushes
+    rows += [row("delay all", 0, worst={"workspace": 0.03, "free_workspace": 0.02, "jerk": 1.3, "free_jerk": 1.3})]
+    rows += [row("NaN in all", 0, worst={"command_workspace": 0.002, "command_table": 0.002})]
     text = ros2_faults.table(rows)
     assert "| state | drop all | 3 | 3 | 0.30 / 0.40 | 0.40 / 0.40 | stale state | by itself 3 | none |" in text
     assert "| state | none | 1 | 0 |  |  |  | ran on 1 | reflex, table, velocity |" in text
     assert "| state | drop half | 1 | 0 |  |  |  | held, ran on 1 | none |" in text
-    assert "beyond its bound: 1 of 5" in text
-    assert "above the rated ones in 1 cells" in text
-    assert "In 4 cells commands never came regularly enough" in text
+    assert "| state | frozen | 1 | 1 | 0.20 / 0.20 | 0.40 / 0.40 | stale state | by itself 1 | none |" in text
+    assert "| state | delay all | 1 | 1 | 0.20 / 0.20 | 0.40 / 0.40 | stale state | by itself 1 | free_workspace |" in text
+    assert "by itself 1 | command_table, command_workspace |" in text
+    assert "beyond its bound: 3 of 8" in text
+    assert "above the rated ones in 3 cells, in 1 of them freely" in text
+    assert "In 7 cells commands never came regularly enough" in text
 
 
 def test_the_comparison_has_intervals_and_pairs_seeds() -> None:
@@ -85,7 +92,8 @@ def test_the_campaign_holds_at_every_kind_of_fault_and_goes_on_where_it_was(tmp_
     for fault, (counter, holds) in KINDS.items():
         row = rows[fault]
         assert row["put_in"][counter] > 10, row
-        assert not {"position", "workspace", "table", "velocity", "command_velocity"} & set(ros2_faults.violations(row)), row
+        broken = {"position", "free_workspace", "command_workspace", "command_table", "table", "velocity", "command_velocity"}
+        assert not broken & set(ros2_faults.violations(row)), row
         assert row["after"] in ("by itself", "by start", "ran on"), row
         if holds:
             assert row["mode"] in ("holding", "stopped"), row

@@ -103,7 +103,7 @@ def _set(key: str, **values: Any) -> Callable[[dict[str, Seen]], None]:
         ),
         (
             _set("command", subscriptions=[]),
-            "wrong", "no controller carries out", "switch_controllers --activate forward_position_controller ",
+            "wrong", "no controller carries out", "--deactivate OTHER --activate forward_position_controller",
         ),
         (_set("gripper", subscriptions=[]), "wrong", "nobody listens", "start the gripper's driver"),
         (

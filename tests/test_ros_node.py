@@ -264,6 +264,24 @@ def test_it_starts_by_itself_once_and_only_once(stand: Stand) -> None:
     assert stand.sent() == []
 
 
+def test_what_a_configure_waits_for_is_told_once_though_it_changes(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """How many messages were refused, say."""
+    monkeypatch.setattr("hardware.ros2.policy_node._PATIENCE", 0.1)
+    assert stand.rig.to("cleanup")
+    stand.driver.put(joint2=np.nan)
+    stand.ros.spin(0.3)
+    assert stand.rig.set(ready_timeout=0.6) == []
+    capfd.readouterr()
+    assert not stand.rig.to("configure")
+    said = capfd.readouterr().err
+    assert said.count("configure waits for the robot, 0.6 s at most: nothing has come on '/joint_states'; ") == 1
+    assert "the robot is not ready after 0.6 s: nothing has come on '/joint_states'; " in said
+    stand.driver.put()
+    assert stand.rig.set(ready_timeout=5.0) == []
+
+
 def test_a_stop_while_it_configures_by_itself_is_kept(stand: Stand) -> None:
     assert stand.rig.to("cleanup")
     stand.driver.alive = False
@@ -334,7 +352,7 @@ def test_a_transition_that_is_asked_for_ends_autostart_though_it_is_refused(stan
 def test_autostart_counts_when_the_node_starts_and_is_not_set_later(stand: Stand) -> None:
     assert stand.rig.to("cleanup")
     said = stand.rig.set(autostart=True)
-    assert said == ["autostart counts when the node starts, and is not changed later; call ~/start"]
+    assert said == ["autostart counts when the node starts; now configure and activate if need be, then start"]
     assert stand.rig.set(autostart=False) == []  # as it is: of a file of parameters
     assert not stand.rig.node.requests.armed
 

@@ -286,7 +286,7 @@ def test_an_emergency_stop_meanwhile_refuses_the_start(node: Node, requests: Req
 def test_nothing_starts_while_the_node_is_not_active(node: Node, requests: Requests, lifecycle: str) -> None:
     node.lifecycle = lifecycle
     for name in ("start", "home"):
-        assert requests.start(name) == (False, f"the node is {lifecycle}; configure and activate if need be, then start")
+        assert requests.start(name) == (False, f"the node is {lifecycle}; configure and activate if need be, then {name}")
     assert node.arbiter.asked == []
     requests._on_halt("stop", None, SimpleNamespace())
     assert node.arbiter.asked == ["stop"]  # but whatever there is can be stopped

@@ -270,7 +270,7 @@ def test_a_permit_is_what_every_publisher_that_is_there_says_last() -> None:
     there[:] = [b"new"]
     assert "nothing has come" in latched.missing("/runs"), "a driver that begins anew has not said it"
     there.clear()
-    assert latched.missing("/runs").startswith("permit 'program': nobody publishes '/runs'; start the driver")
+    assert latched.missing("/runs").startswith("permit 'program': nobody publishes '/runs'; start the driver; `permits: null`")
     there[:] = [b"a"]
     beats = word(latched=False)
     beats.take(YES)  # a middleware that does not tell whose it is
@@ -404,6 +404,9 @@ def test_the_last_velocity_is_confirmed_before_its_publisher_goes(ros: Sandbox, 
     """Lost, it would leave the arm moving: such controllers never time out, and nobody is left to say zero again."""
     from rclpy.publisher import Publisher
 
+    from hardware.ros2.outputs import Outputs
+
+    monkeypatch.setattr(Outputs, "watch", lambda self: None)  # it would say zero by itself, too
     steps: list[str] = []
     confirm, destroy = Publisher.wait_for_all_acked, Publisher.destroy
     velocity = PROFILE.command.model_copy(update={"type": "velocity", "unsafe_velocity": True})
@@ -422,11 +425,38 @@ def test_the_last_velocity_is_confirmed_before_its_publisher_goes(ros: Sandbox, 
         monkeypatch.setattr(Publisher, "destroy", noted("gone", destroy))
         robot.command(np.zeros(8))
         robot.command(np.full(8, 0.001))
-        until(lambda: len(driver.commands) == 2 and driver.commands[-1].max() > 0.01, f"{driver.commands}")
+        until(lambda: len(driver.commands) == 2 and driver.commands[1].max() > 0.01, f"{driver.commands}")
         robot.close()
+        robot.close()  # nothing is left to be undone
         assert steps == ["confirmed", "gone"]
         until(lambda: len(driver.commands) == 3, f"{driver.commands}")
         np.testing.assert_array_equal(driver.commands[-1], np.zeros(7))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_zero_that_is_not_confirmed_is_told_and_all_is_taken_back(
+    ros: Sandbox, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    """Its publisher must go: it would be a second master to whoever connects next."""
+    from rclpy.publisher import Publisher
+
+    def confirm(publisher: Any, timeout: Any) -> bool:
+        if fails:
+            raise RuntimeError("no answer")
+        return False
+
+    monkeypatch.setattr(Publisher, "wait_for_all_acked", confirm)
+    velocity = PROFILE.command.model_copy(update={"type": "velocity", "unsafe_velocity": True})
+    node = ros.node
+    robot = RosRobot(PROFILE.model_copy(update={"command": velocity}), node, RosClock())
+    assert node.count_publishers("forward_position_controller/commands") == 1
+    if fails:
+        with pytest.raises(RuntimeError, match="no answer"):
+            robot.close()
+    else:
+        robot.close()
+        assert "has not confirmed the zero velocity: does the arm stand?" in capfd.readouterr().err
+    ros.until(lambda: node.count_publishers("forward_position_controller/commands") == 0, what="its end")
 
 
 def test_no_episode_begins_while_somebody_else_commands(both: tuple[Driver, RosRobot]) -> None:

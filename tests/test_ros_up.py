@@ -372,6 +372,28 @@ def test_what_is_typed_takes_back_the_starts_of_that_process(
         supervisor._start(supervisor._processes[1])
 
 
+@pytest.mark.parametrize(
+    ("typed", "left", "dropped", "on"),
+    [
+        ("deactivate", [], "start", "activate and start"),
+        ("cleanup", ["activate"], "activate, start", "configure and activate and start"),
+    ],
+)
+def test_the_way_up_that_is_told_is_from_where_what_is_typed_leads(
+    typed: str, left: list[str], dropped: str, on: str,
+    system: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    supervisor = Supervisor(load_system(system).processes({}), {})
+    monkeypatch.setattr(supervisor, "_change", lambda *_: None)
+    supervisor._node = type("Node", (), {"create_client": lambda *_: None})()
+    supervisor._steps["policy"] = left
+    for line in ("policy start", typed):
+        supervisor._lines.put(line)
+    supervisor._hear()
+    said = f"policy: {dropped} dropped, for {typed} was typed; nothing starts before you type {on}"
+    assert said in capsys.readouterr().out
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------------------
 
 

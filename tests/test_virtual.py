@@ -199,11 +199,12 @@ def test_what_pushes_back_is_told_from_what_is_carried(world: ArmWorld) -> None:
     world.reset(100_000)
     expert = world.task.expert(np.random.default_rng(0))
     told = []
-    while not world.success:
+    for _ in range(200):
         lifted = world.poses()["cube"][2] > 0.03
         told.append((world.positions[7] < 0.05, lifted, world.pushing))
         world.task.step(expert.act())
-        world.success = bool(world.task.goal_met())
+        if world.task.goal_met():
+            break
     assert not any(pushing for closed, _, pushing in told if not closed)
     assert any(pushing for closed, lifted, pushing in told if closed and not lifted)  # what it grips lies on the table
     assert sum(lifted for *_, lifted, _ in told) > 3
@@ -218,8 +219,31 @@ def test_what_an_arm_does_that_pushes_is_not_how_it_moves_freely(world: ArmWorld
     assert rig.driver.report()["pushed_at"] == pytest.approx(rig.clock.time, abs=0.01)
     for key in ("acceleration", "jerk"):
         assert rig.worst(f"free_{key}") < 0.3 < 0.5 < rig.worst(key)
+    assert rig.worst("command_table") > 0.05 > rig.worst("table") + 0.02, "commands lead into it"
+    assert rig.worst("command_workspace") > rig.worst("workspace") > rig.worst("free_workspace")
+    told = rig.begin[:7] + 0.3 * 2.0**2 * np.eye(7)[1]
+    rig.driver.clear_record()
+    rig.stream(lambda t: told - 0.2 * t * np.eye(7)[1], 0.25)
+    assert "free_velocity" not in rig.driver.record.worst, "it lies on the table"
+    rig.stream(lambda t: told - (0.05 + t) * np.eye(7)[1], 1.0)
+    assert rig.worst("free_velocity") == pytest.approx(1.0 / 2.2, rel=0.05), "it has left the table for long enough"
     rig.driver.reset(100_000)
     assert rig.driver.record.pushed is None
+
+
+def test_the_panda_pushes_against_the_table_and_not_when_its_fingers_meet() -> None:
+    world = make_world("panda")
+    world.reset(0)
+    begin = world.positions.copy()
+    for k in range(300):
+        world.drive(np.append(begin[:7], 0.0))
+        world.step()
+        assert not world.pushing, k
+    for k in range(400):
+        world.drive(begin + 0.002 * k * np.eye(8)[1])
+        world.step()
+    assert world.pushing
+    world.close()
 
 
 def test_a_jump_trips_the_reflex_and_the_arm_stands_until_it_is_reset(world: ArmWorld) -> None:

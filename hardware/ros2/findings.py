@@ -111,10 +111,12 @@ def _source(topic: Topic, entry: Seen, profile: RosProfile) -> list[Check]:
 
 def _permitted(topic: Topic, entry: Seen, profile: RosProfile) -> list[Check]:
     """Without it no start is granted."""
+    from hardware.ros2.profile import NO_PERMIT
+
     assert profile.permits is not None  # the topic is of one
     mend = profile.permits[topic.key.removeprefix("permit.")].mend
     if not entry.publishers:
-        mend = "start the driver; `permits: null` in a profile of yours for one that has no such topic"
+        mend = f"start the driver; {NO_PERMIT}"
         return [Check(entry.name, "wrong", f"nobody publishes {topic.what}: the arm is not commanded", mend)]
     if entry.said:
         return []
@@ -161,11 +163,12 @@ def _commanded(topic: Topic, entry: Seen, policy: str) -> list[Check]:
         checks.append(Check(entry.name, "wrong", f"{strangers[0]} publishes commands", mend))
     if not entry.subscriptions:
         controller = entry.name.rpartition("/")[0].rpartition("/")[2]
-        mend = (
-            "start the gripper's driver, or name its topic in the profile"
-            if topic.key == "gripper"
-            else f"activate it: ros2 control switch_controllers --activate {controller} --deactivate the one in its place"
-        )
+        if topic.key == "gripper":
+            mend = "start the gripper's driver, or name its topic in the profile"
+        elif controller.endswith("controller"):  # as those of ros2_control are called
+            mend = f"activate it, in place of another: ros2 control switch_controllers --deactivate OTHER --activate {controller}"
+        else:
+            mend = "start or activate what takes it, or name its topic in the profile"
         checks.append(Check(entry.name, "wrong", "nobody listens: no controller carries out the commands", mend))
     return checks
 

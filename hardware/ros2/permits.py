@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hardware.ros2.profile import Permit
+from hardware.ros2.profile import NO_PERMIT, Permit
 from hardware.ros2.runtime import RosClock
 from hardware.ros2.topics import UNKNOWN
 
@@ -48,7 +48,7 @@ class Word:
         there = self._node.get_publishers_info_by_topic(path)
         now, mend, words = self._clock.now(), self._permit.mend, self._words(there)
         if not there:
-            why, mend = f"nobody publishes '{path}'", f"start the driver; then {mend}"
+            why, mend = f"nobody publishes '{path}'", f"start the driver; {NO_PERMIT}"
         elif not words:
             why, mend = f"nothing has come on '{path}'", self._unheard(there) or mend
         elif not all(said for said, _ in words):

@@ -173,15 +173,16 @@ class PolicyNode(LifecycleNode):
             raise
 
     def _await(self, robot: RosRobot, timeout: float) -> None:
-        begun, said = time.monotonic(), ""
+        begun, said = time.monotonic(), False
         while problems := [*robot.problems(), *robot.unheard()]:
             passed, missing = time.monotonic() - begun, "; ".join(problems)
             if passed > timeout or self._ending.wait(_POLL):
                 self._absent = all(isinstance(problem, Absent) for problem in problems)
-                raise RosError(f"the robot is not ready after {passed:.0f} s: {missing}")
-            if passed > _PATIENCE and missing != said and missing not in self.refused:  # autostart tries again and again
-                said = missing
-                self.get_logger().info(f"configure waits for the robot, {timeout:g} s at most: {missing}")
+                raise RosError(f"the robot is not ready after {round(min(passed, timeout), 1):g} s: {missing}")
+            if passed > _PATIENCE and not said:
+                said = True
+                if missing not in self.refused:  # autostart tries again and again
+                    self.get_logger().info(f"configure waits for the robot, {timeout:g} s at most: {missing}")
 
     def _activate(self) -> None:
         assert self.deployment is not None
@@ -235,7 +236,7 @@ class PolicyNode(LifecycleNode):
             config = parameters.read(self, changes)
             changed = {change.name for change in changes if change.value != self.get_parameter(change.name).value}
             if "autostart" in changed:
-                raise ConfigError("autostart counts when the node starts, and is not changed later; call ~/start")
+                raise ConfigError("autostart counts when the node starts; now configure and activate if need be, then start")
             if self.deployment is not None and changed - _ANY_TIME:
                 self._swap(self.deployment, config, changed)
         except RobopolicyError as error:

@@ -159,6 +159,9 @@ class Input(Config):
     stuck: float | None = pydantic.Field(default=1.0, gt=0)
 
 
+NO_PERMIT = "`permits: null` in a profile of yours for one that has no such topic"  # where nobody publishes it
+
+
 class Permit(Config):
     """A Bool topic that must say true for the arm to be commanded: the driver's, or that of a node of yours.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _PRESSES = 10  # messages of the emergency stop that may wait: a press is heard though its release follows at once
 _FORGET = "deactivate, cleanup and configure the node (that forgets it), and reset"
-_GO_ON = "configure and activate if need be, then start"
+_GO_ON = "configure and activate if need be, then "
 Said = tuple[bool, str]  # whether it was done, and what there is to say
 
 
@@ -93,7 +93,7 @@ class Requests:
         node, arbiter = self._node, self._arbiter()
         robot = node.robot
         if node.lifecycle != "active" or arbiter is None or robot is None:
-            return False, f"the node is {node.lifecycle}; {_GO_ON}"
+            return False, f"the node is {node.lifecycle}; {_GO_ON}{name}"
         if (fault := getattr(node.deployment, "fault", None)) is not None and name == "start":
             return False, f"{fault}; deactivate, cleanup and configure begin another"
         problems = [*robot.problems(), *robot.hindrances()]
@@ -129,14 +129,14 @@ class Requests:
     def _disarm(self, why: str) -> str:
         if not self.armed:
             return ""
-        self.armed, self.disarmed = False, f"autostart is off: {why}; {_GO_ON}"
+        self.armed, self.disarmed = False, f"autostart is off: {why}; {_GO_ON}start"
         return self.disarmed
 
     def _tell(self, off: str) -> str:
         if not off:
             return ""
         self._node.get_logger().warning(off)
-        return f"autostart is off; {_GO_ON}"
+        return f"autostart is off; {_GO_ON}start"
 
     def home(self) -> Said:
         return self.start("home")

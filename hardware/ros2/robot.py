@@ -261,18 +261,27 @@ class RosRobot:
 
     def close(self) -> None:
         """Take back subscriptions, publishers and threads. The node stays. No velocity is left behind."""
-        if self._outputs is not None:
-            self._outputs.close()
-            if self.profile.command.velocity:  # a zero that is lost would never be said again: nobody is left to say it
-                from rclpy.duration import Duration
+        try:
+            if self._outputs is not None:
+                self._outputs.close()
+                if self.profile.command.velocity and "command" in self._publishers:
+                    self._confirm()
+        finally:
+            if self._decoder is not None:
+                self._decoder.close()
+                self._decoder = None
+            for undo, thing in reversed(self._made):
+                undo(thing)
+            self._made.clear()
+            self._publishers = {}
 
-                self._publishers["command"].wait_for_all_acked(Duration(seconds=_ACKNOWLEDGED))
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
-        for undo, thing in reversed(self._made):
-            undo(thing)
-        self._made.clear()
+    def _confirm(self) -> None:
+        """Wait until the last velocity has arrived: a zero that is lost would never be said again, nobody is left to say it."""
+        from rclpy.duration import Duration
+
+        if not self._publishers["command"].wait_for_all_acked(Duration(seconds=_ACKNOWLEDGED)):
+            path = self._paths["command"]
+            self.node.get_logger().error(f"who listens on '{path}' has not confirmed the zero velocity: does the arm stand?")
 
     # ---- topics --------------------------------------------------------------------------------------------------------------
 

@@ -344,7 +344,8 @@ class Supervisor:
         starts = [call for call in self._asked if call[0] is process and call[1] in STARTS]
         self._asked = [call for call in self._asked if call not in starts]
         if dropped := [*dropped, *(call[1] for call in starts)]:
-            on = " and ".join([*(step for step in dropped if step in TRANSITIONS), "start"])
+            needed = {*dropped, *{"deactivate": ("activate",), "cleanup": ("configure", "activate")}.get(typed, ())}
+            on = " and ".join([*(step for step in ("configure", "activate") if step in needed), "start"])
             say(f"{process.name}: {', '.join(dropped)} dropped, for {typed} was typed; nothing starts before you type {on}")
 
     def _change(self, process: Process, what: str, work: Callable[[], None]) -> None:
