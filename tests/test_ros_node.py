@@ -163,7 +163,7 @@ def test_the_first_command_is_where_the_arm_is_whatever_the_order_of_its_joints(
 
 
 def test_start_while_inactive_says_what_to_do(stand: Stand) -> None:
-    assert stand.rig.call("start") == (False, "the node is inactive; configure and activate if need be, then start")
+    assert stand.rig.call("start") == (False, "the node is inactive; to go on: activate, start")
 
 
 def test_a_start_outside_the_limits_is_refused_and_names_the_joint(active: Stand) -> None:
@@ -288,9 +288,9 @@ def test_a_stop_while_it_configures_by_itself_is_kept(stand: Stand) -> None:
     assert stand.rig.set(ready_timeout=60.0) == []
     stand.rig.arm()
     stand.ros.until(lambda: stand.rig.node.lifecycle == "configuring", what="a configure by itself")
-    said = "the node is configuring: nothing moves; autostart is off; configure and activate if need be, then start"
+    said = "the node is configuring: nothing moves; autostart is off; to go on: activate, start"
     assert stand.rig.call("stop") == (True, said)
-    said = "autostart is off: stop (asked); configure and activate if need be, then start"
+    said = "autostart is off: stop (asked); to go on: activate, start"
     stand.rig.until(lambda told: told["lifecycle"] == "configuring" and told["refused"] == said)  # at once
     stand.driver.alive = True
     stand.rig.until(lambda told: told["lifecycle"] == "inactive" and told["refused"] == said, 60)
@@ -311,7 +311,7 @@ def test_a_refusal_ends_autostart_so_that_mending_it_moves_nothing(stand: Stand,
     stand.ros.spin(0.3)
     stand.rig.arm()
     told = stand.rig.until(lambda told: told["autostart"] not in ("", "waits"))
-    assert re.fullmatch(f"autostart is off: {refused}; configure and activate if need be, then start", told["autostart"])
+    assert re.fullmatch(f"autostart is off: {refused}; to go on: start", told["autostart"])
     assert told["refused"] == told["autostart"]
     stand.driver.put()
     stand.ros.spin(1.2)
@@ -352,7 +352,7 @@ def test_a_transition_that_is_asked_for_ends_autostart_though_it_is_refused(stan
 def test_autostart_counts_when_the_node_starts_and_is_not_set_later(stand: Stand) -> None:
     assert stand.rig.to("cleanup")
     said = stand.rig.set(autostart=True)
-    assert said == ["autostart counts when the node starts; now configure and activate if need be, then start"]
+    assert said == ["autostart counts when the node starts, and is not set later; configure, activate, start"]
     assert stand.rig.set(autostart=False) == []  # as it is: of a file of parameters
     assert not stand.rig.node.requests.armed
 

@@ -130,7 +130,7 @@ def test_a_button_that_never_comes_back_is_forgotten_by_a_cleanup_and_the_stop_s
 
 def test_a_reset_alone_moves_nothing_though_the_node_starts_by_itself(stand: Stand) -> None:
     stand.rig.arm(at_once=False)
-    assert "autostart is off; configure and activate if need be, then start" in stand.rig.call("estop")[1]
+    assert "autostart is off; to go on: activate, start" in stand.rig.call("estop")[1]
     assert stand.rig.to("activate")
     assert stand.rig.call("reset")[0]
     stand.rig.node._next_step = 0.0

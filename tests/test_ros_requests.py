@@ -211,7 +211,7 @@ def test_a_start_by_itself_does_not_come_after_a_stop(node: Node, requests: Requ
     node.problems = stopped
     ok, message = requests.start(by_itself=True)
     assert not ok
-    assert "then start" in message
+    assert message == "autostart is off: stop (asked); to go on: start"
     assert node.arbiter.asked == ["stop"]
 
 
@@ -253,9 +253,7 @@ def test_whatever_is_asked_ends_autostart_and_the_answer_says_so(node: Node, req
     assert not requests.start(by_itself=True)[0]
     assert len(node.logged) == 1
     granted = there and name in ("home", "start", "enable")
-    assert ("autostart is off; configure and activate if need be, then start" in response.message) == (
-        not granted and name != "button"
-    )
+    assert ("autostart is off; to go on: " in response.message) == (not granted and name != "button")
     assert requests.disarmed.startswith("autostart is off: ") == (not granted)
     assert requests.disarm("again") == ""
 
@@ -282,11 +280,17 @@ def test_an_emergency_stop_meanwhile_refuses_the_start(node: Node, requests: Req
     assert node.arbiter.asked == ["estop"]
 
 
-@pytest.mark.parametrize("lifecycle", ["unconfigured", "inactive", "activating", "deactivating", "finalized"])
-def test_nothing_starts_while_the_node_is_not_active(node: Node, requests: Requests, lifecycle: str) -> None:
+@pytest.mark.parametrize(
+    ("lifecycle", "way"),
+    [
+        ("unconfigured", "configure, activate, "), ("configuring", "activate, "), ("inactive", "activate, "), ("activating", ""),
+        ("deactivating", "activate, "), ("cleaningup", "configure, activate, "),
+    ],
+)  # fmt: skip
+def test_nothing_starts_while_the_node_is_not_active(node: Node, requests: Requests, lifecycle: str, way: str) -> None:
     node.lifecycle = lifecycle
     for name in ("start", "home"):
-        assert requests.start(name) == (False, f"the node is {lifecycle}; configure and activate if need be, then {name}")
+        assert requests.start(name) == (False, f"the node is {lifecycle}; to go on: {way}{name}")
     assert node.arbiter.asked == []
     requests._on_halt("stop", None, SimpleNamespace())
     assert node.arbiter.asked == ["stop"]  # but whatever there is can be stopped

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rig import save_policy
@@ -392,6 +394,48 @@ def test_the_way_up_that_is_told_is_from_where_what_is_typed_leads(
     supervisor._hear()
     said = f"policy: {dropped} dropped, for {typed} was typed; nothing starts before you type {on}"
     assert said in capsys.readouterr().out
+
+
+def test_what_is_typed_waits_for_the_answer_before_it_and_a_stop_does_not(
+    system: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`arm reset; reset; start`: where the arm is then, not before."""
+    lines = system.read_text().replace("[start, home, estop]", "[start, estop, stop, reset]")
+    system.write_text(f"{lines}  recorder: {{module: m, node: n, services: [start]}}\n")
+    supervisor = Supervisor(load_system(system).processes({}), {})
+    supervisor._node = SimpleNamespace(get_node_names_and_namespaces=list)
+    asked: list[str] = []
+    answers: list[Future[Any]] = []
+
+    def client(_: Any, name: str, kind: str) -> Any:
+        def call(request: Any) -> Future[Any]:
+            asked.append(name)
+            answers.append(Future())
+            return answers[-1]
+
+        return SimpleNamespace(service_is_ready=lambda: True, call_async=call)
+
+    monkeypatch.setattr("hardware.ros2.supervisor.client", client)
+
+    def typed(*lines: str) -> list[str]:
+        for line in lines:
+            supervisor._lines.put(line)
+        supervisor._hear()
+        supervisor._ask()
+        return [name.rpartition("/")[2] for name in asked]
+
+    assert typed("recorder start", "policy reset", "policy start") == ["start"]
+    assert typed() == ["start"]
+    answers[0].set_result(SimpleNamespace(success=True, message=""))
+    assert typed() == ["start", "reset"]
+    assert typed("stop") == ["start", "reset", "stop"]  # and the start is taken back
+    answers[1].set_result(SimpleNamespace(success=True, message=""))
+    assert typed("policy start") == ["start", "reset", "stop", "start"]
+    assert typed("policy reset")[-1] == "start"
+    assert supervisor._answer is not None
+    supervisor._answer = supervisor._answer[0], time.monotonic()  # it was lost
+    assert typed()[-1] == "reset"
+    assert "policy: start, start dropped, for stop was typed" in capsys.readouterr().out
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------

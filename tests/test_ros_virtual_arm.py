@@ -158,6 +158,18 @@ def test_success_is_said_after_every_reset(arm: Arm) -> None:
     arm.ros.node.destroy_subscription(subscription)
 
 
+def test_a_reset_is_answered_when_the_pose_of_before_is_past(arm: Arm) -> None:
+    """Who types `arm reset; reset; start` begins where the arm is then."""
+    begin = arm.reset()
+    heard: list[list[float]] = []
+    subscription = arm.ros.node.create_subscription(STATE, "joint_states", lambda m: heard.append(m.position), 10)
+    arm.move(begin, 0.3)
+    arm.ros.until(lambda: heard and heard[-1][0] > begin[0] + 0.2, 5.0, "the arm elsewhere")
+    arm.service("reset")
+    assert heard[-1][:7] == pytest.approx(begin, abs=1e-3)
+    arm.ros.node.destroy_subscription(subscription)
+
+
 @pytest.mark.parametrize("kind", ["sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"])
 def test_cameras_are_drawn_for_who_looks(arm: Arm, kind: str) -> None:
     from hardware.ros2.messages import read_image

@@ -35,7 +35,7 @@ _HANGS = 0.5  # [s] without a period
 _SAME = 5.0  # [s] in which a kind of intervention is logged once
 _MISSED = 0.01  # share of periods from which on the timing is worth a warning
 _MODES = ("stop", "estop")  # interventions that ~/state tells
-_MUTED = "nothing is sent until the next ~/start"
+_MUTED = "nothing is sent until the next ~/start or ~/home"
 _WANTED = ("asked", "disabled", "idle", "home reached", "control ends")  # causes of stops that somebody meant
 
 
@@ -198,7 +198,8 @@ class Reporter:
             when, before = self._logged.get(kind, (-math.inf, 0))
             if kind not in _MODES and count > before and now > when + _SAME:
                 reasons = [reason for reason in (status.reasons if status else ()) if reason.startswith(kind)]
-                self._node.get_logger().warning(f"safety: {'; '.join(reasons) or kind} ({count - before} times)")
+                span = f" in {now - when:.0f} s" if math.isfinite(when) else ""
+                self._node.get_logger().warning(f"safety: {'; '.join(reasons) or kind} ({count - before} times{span})")
                 self._logged[kind] = now, count
 
     def _tell(self, lifecycle: str, refused: str, estopped: str, status: Status | None, facts: Mapping[str, str]) -> None:
@@ -209,12 +210,13 @@ class Reporter:
         if said == self._said:
             return
         if {key: self._said.get(key) for key in control} != control:
-            if muted:  # rclpy wants one severity for each line of code
-                self._node.get_logger().error(f"{mode}, {source}: {cause}; {_MUTED}")
+            text = (f"{mode}, {source}" if source else mode) + (f": {cause}" if cause else "")
+            if muted and cause:  # rclpy wants one severity for each line of code
+                self._node.get_logger().error(f"{text}; {_MUTED}")
             elif cause:
-                self._node.get_logger().warning(f"{mode}, {source}: {cause}")
+                self._node.get_logger().warning(text)
             else:
-                self._node.get_logger().info(f"{mode}, {source}" if source else mode)
+                self._node.get_logger().info(f"{text}; {_MUTED}" if muted else text)
         self._said = said
         self._state.publish(String(data=json.dumps(said)))
 

@@ -41,7 +41,7 @@ from robopolicy.errors import ConfigError, RobopolicyError
 NAME = "robopolicy_policy"
 _TICK = 0.1  # [s] between diagnostics
 _POLL = 0.05  # [s] between looks at what is missing
-_PATIENCE = 1.0  # [s] before it is said that something is
+_PATIENCE = 3.0  # [s] before it is said that something is
 _BUSY = 0.3  # [s] that inputs get to become fresh
 _NEXT = 0.5  # [s] between steps of autostart: what was asked during one is heard before the next
 _AT_CLEANUP = {"profile", "rate", "mode"}  # parameters that the connection to the arm is made of
@@ -178,7 +178,8 @@ class PolicyNode(LifecycleNode):
             passed, missing = time.monotonic() - begun, "; ".join(problems)
             if passed > timeout or self._ending.wait(_POLL):
                 self._absent = all(isinstance(problem, Absent) for problem in problems)
-                raise RosError(f"the robot is not ready after {round(min(passed, timeout), 1):g} s: {missing}")
+                again = "; it is tried again until they come" if self._absent and self.requests.armed else ""
+                raise RosError(f"the robot is not ready after {round(min(passed, timeout), 1):g} s: {missing}{again}")
             if passed > _PATIENCE and not said:
                 said = True
                 if missing not in self.refused:  # autostart tries again and again
@@ -236,7 +237,7 @@ class PolicyNode(LifecycleNode):
             config = parameters.read(self, changes)
             changed = {change.name for change in changes if change.value != self.get_parameter(change.name).value}
             if "autostart" in changed:
-                raise ConfigError("autostart counts when the node starts; now configure and activate if need be, then start")
+                raise ConfigError("autostart counts when the node starts, and is not set later; configure, activate, start")
             if self.deployment is not None and changed - _ANY_TIME:
                 self._swap(self.deployment, config, changed)
         except RobopolicyError as error:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _PRESSES = 10  # messages of the emergency stop that may wait: a press is heard though its release follows at once
 _FORGET = "deactivate, cleanup and configure the node (that forgets it), and reset"
-_GO_ON = "configure and activate if need be, then "
+# Up, from a lifecycle state, to where a start is granted; from others it is the whole.
+_WAY = {"configuring": ("activate",), "inactive": ("activate",), "deactivating": ("activate",), "activating": (), "active": ()}
 Said = tuple[bool, str]  # whether it was done, and what there is to say
 
 
@@ -61,7 +62,7 @@ class Requests:
     Attributes:
         estopped: Why the emergency stop is latched; empty: it is not.
         armed: Autostart is not over: it has not started, nobody has asked for anything, and nothing but a driver is missing.
-        disarmed: Why it was over without a start, and what to do; empty: it was not, or somebody has started since.
+        disarmed: Why it was over without a start; empty: it was not, or somebody has started since.
     """
 
     def __init__(self, node: PolicyNode, armed: bool = False) -> None:
@@ -93,7 +94,7 @@ class Requests:
         node, arbiter = self._node, self._arbiter()
         robot = node.robot
         if node.lifecycle != "active" or arbiter is None or robot is None:
-            return False, f"the node is {node.lifecycle}; {_GO_ON}{name}"
+            return False, f"the node is {node.lifecycle}; {self._way(name)}"
         if (fault := getattr(node.deployment, "fault", None)) is not None and name == "start":
             return False, f"{fault}; deactivate, cleanup and configure begin another"
         problems = [*robot.problems(), *robot.hindrances()]
@@ -103,7 +104,7 @@ class Requests:
             if self.estopped:
                 return False, f"estopped ({self.estopped}): reset first, then start"
             if by_itself and not self.armed:
-                return False, self.disarmed
+                return False, f"{self.disarmed}; {self._way()}"
             ticket = arbiter.request(name)
         ok, message = ticket.wait()
         if ok:
@@ -118,7 +119,8 @@ class Requests:
     def autostart(self) -> str:
         """``waits`` until it is over; then why it is off, or empty: it has started, or was never asked for."""
         with self._lock:
-            return "waits" if self.armed else self.disarmed
+            armed, off = self.armed, self.disarmed
+        return "waits" if armed else f"{off}; {self._way()}" if off else ""
 
     def disarm(self, why: str) -> str:
         """Autostart is over, for good. What there is to say of that; empty: it was over before."""
@@ -129,14 +131,19 @@ class Requests:
     def _disarm(self, why: str) -> str:
         if not self.armed:
             return ""
-        self.armed, self.disarmed = False, f"autostart is off: {why}; {_GO_ON}start"
+        self.armed, self.disarmed = False, f"autostart is off: {why}"
         return self.disarmed
 
     def _tell(self, off: str) -> str:
         if not off:
             return ""
-        self._node.get_logger().warning(off)
-        return f"autostart is off; {_GO_ON}start"
+        way = self._way()
+        self._node.get_logger().warning(f"{off}; {way}")
+        return f"autostart is off; {way}"
+
+    def _way(self, name: str = "start") -> str:
+        """What a person does, from where the node is, for the arm to move."""
+        return f"to go on: {', '.join([*_WAY.get(self._node.lifecycle, ('configure', 'activate')), name])}"
 
     def home(self) -> Said:
         return self.start("home")

@@ -131,6 +131,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._asked: list[tuple[Process, str, Any, float]] = []  # services to be called once they are found, until when
+        self._answer: tuple[Any, float] | None = None  # the last call that is waited for, until when
         self._changing: list[threading.Thread] = []  # parameters and transitions that were typed
         # What a lifecycle node is still to go through without anybody's typing it: by its autostart as soon as it runs where
         # that ends with a start, else one by one from here.
@@ -223,7 +224,8 @@ class Supervisor:
             self._follow(process)
         while steps:
             self._step(process, steps)
-        say(f"{process.name} runs{'; type ' + ', '.join(process.services) if process.services else ''}")
+        typed = [*process.services, *(TRANSITIONS if process.lifecycle is not None else ())]
+        say(f"{process.name} runs{'; type ' + ', '.join(typed) if typed else ''}")
 
     def _follow(self, process: Process) -> None:
         """Until a node has started by itself, or will not any more."""
@@ -376,16 +378,21 @@ class Supervisor:
         """Call what was typed, as soon as it is found."""
         from std_srvs.srv import Trigger
 
-        waiting = []
+        waiting: list[tuple[Process, str, Any, float]] = []
         self._changing = [thread for thread in self._changing if thread.is_alive()]
         for process, service, asked, end in self._asked:
-            if self._changing and service not in HALTS:  # `arm set seed 5`, then `arm reset`: in their order
-                waiting.append((process, service, asked, end))
+            # In their order: `arm set seed 5`, then `arm reset`, then `reset` where the arm is then.
+            answered = self._answer is None or self._answer[0].done() or time.monotonic() > self._answer[1]
+            if service not in HALTS and (waiting or self._changing or not answered):
+                waiting.append((process, service, asked, max(end, time.monotonic() + FOUND)))
             elif asked.service_is_ready() and service not in HALTS and self._nodes(process.node) > 1:
                 say(f"{service}: refused: two nodes are called {process.node} {self._mend()}")
             elif asked.service_is_ready():
                 name = f"{process.name} {service}"
-                asked.call_async(Trigger.Request()).add_done_callback(lambda answer, n=name: _answered(n, answer.result()))
+                future = asked.call_async(Trigger.Request())
+                future.add_done_callback(lambda answer, n=name: _answered(n, answer.result()))
+                if service not in HALTS:
+                    self._answer = future, time.monotonic() + FOUND
             elif time.monotonic() > end:
                 say(f"{service}: {process.name} does not offer it; is it there yet?")
             else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from sim.driver import LOOKAHEAD, Driver
 from sim.virtual import WORLDS, World, make_world
 
 _CAMERAS = Quality(reliable=False)
+_DELIVERED = 0.05  # [s]: for messages to be with who listens
 _EYES = 20.0  # [s]: for cameras to be made
 _FLUSH = 0.01  # [s]: how finely the delays of pictures are kept
 
@@ -183,6 +185,8 @@ class VirtualArm:
         seed = int(self.node.get_parameter("seed").value)
         self.driver.reset(seed)
         self._told = None  # said again, whatever it is: who waits for the reset waits for this
+        rates = [self.config.state_rate, self.config.pose_rate, *[self.config.camera_rate] * self.config.cameras]
+        time.sleep(2 / min(rates) + _DELIVERED)  # who is answered finds the arm and the objects where they are now
         return f"episode of seed {seed}"
 
     def _write(self, report: dict[str, Any]) -> str:
