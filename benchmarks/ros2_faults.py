@@ -69,10 +69,9 @@ _QUICK = 1.0  # so long at most [s]: the arm holds, and goes on by itself
 _RECOVER = 2.0  # after it [s]
 _MOVING = 0.1  # the arm moved so shortly before the fault [s]
 _TRIES = 5
-# Beyond these something is wrong, whatever the fault: joint ranges [rad], workspace and table [m], shares of rated limits. What
-# lies in its way may push an arm out of the workspace: commands are judged always, the arm where nothing does.
+# Beyond these something is wrong, whatever the fault: joint ranges [rad], workspace and table [m], shares of rated limits.
 BOUNDS = {
-    "position": 0.0, "free_workspace": 0.01, "table": 0.0, "velocity": 1.0, "command_workspace": 0.001, "command_table": 0.001,
+    "position": 0.0, "workspace": 0.01, "table": 0.0, "velocity": 1.0, "command_workspace": 0.001, "command_table": 0.001,
     "command_velocity": 1.0, "command_acceleration": 1.0, "command_jerk": 1.0,
 }  # fmt: skip
 
@@ -157,8 +156,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{spread([row['to_still'] for row in held])} | {causes} | {after} | {', '.join(bad) or 'none'} |"
         )
     broken = sum(bool(violations(row)) for row in rows)
-    pushed = ("workspace", "acceleration", "jerk")  # by what it pushes against, too
-    told = (*BOUNDS, "free_acceleration", "free_jerk", *pushed)
+    told = (*BOUNDS, "free_workspace", "acceleration", "jerk", "free_acceleration", "free_jerk")
     worst = {key: max(row["worst"].get(key, -np.inf) for row in rows) for key in told}
     unseen = sum("command_jerk" not in row["worst"] for row in rows)
     above, free = (

@@ -352,7 +352,7 @@ def test_a_sick_robot_over_dds(ros: Sandbox, tmp_path: Path, monkeypatch: pytest
     ros.message(JointState, "left/joint_states")  # it is there, however long it took
     command = [sys.executable, "-m", "robopolicy.cli", "doctor", "ros", "--namespace", "left", "--seconds", "4", "--json"]
     process = ros.run(command)  # it takes seconds to find anybody on a busy computer
-    code, printed = process.wait(120), process.output()
+    code, printed = process.wait(60), process.output()
     assert code == 1, printed
     document = json.loads(printed[printed.index("{") :])
     found = {(check["name"], check["found"]) for check in document["checks"] if check["level"] == "wrong"}
